@@ -1,0 +1,379 @@
+"""
+GaLore: train every weight while Adam's moments live in a rank-r subspace of each gradient.
+
+One step, for a weight matrix W with gradient G:
+    R = P'G                                    project the gradient
+    M, V, N = Adam(R)                          moments and direction, of R
+    W <- W - lr * alpha * P N                  back to full size
+    every T steps: P <- orth(G M'), and M, V turn with it
+
+| symbol | meaning | shape |
+| W, G   | weight and gradient, seen so that the projected (short) side is its rows: `rows` | m x n |
+| r      | rank, r < m | |
+| P      | orthonormal basis of the subspace, P'P = I | m x r |
+| R      | projected gradient P'G | r x n |
+| M, V   | Adam's moments, of R | r x n |
+| N      | Adam's direction, M_hat / (sqrt(V_hat) + eps) | r x n |
+| Y      | G M', one power iteration towards the next P | m x r |
+| T      | steps between refreshes of P (`update_proj_gap`) | |
+| alpha  | `scale` | |
+
+The gradient of a linear layer is a product over tokens, so R = P'G needs no G: `ThinLinear` multiplies in the other order.
+That is the same number, takes no memory for a gradient, and less arithmetic than full-rank training.
+
+Any model, any loop:                           The gradient never formed, each weight moved during the backward pass:
+    opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
+                                                   thin(model, opt, accumulate=4)
+    loss.backward()                                for x, y in four_micro_batches: (model(x, y) / 4).backward()
+    opt.step(); opt.zero_grad()                    opt.step()
+
+References: GaLore, arXiv 2403.03507 (algorithms 1, 2; `exact=True` is the paper to the letter); subspace by warm power iteration
+and moments that turn with it: LDAdam, arXiv 2410.16103; shifted Cholesky-QR: Fukaya et al., arXiv 1809.11085; Adam 1412.6980, AdamW 1711.05101.
+
+Left out on purpose: other sides than the short one, the two-sided P'GQ (its Q would need a second power iteration and a second
+accumulator, and half of this file again, to save what 8 bits save already), closures in thin mode.
+"""
+
+import re
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adam8bit import adam, dequantise, load, pieces, store, zeros
+
+SLICE = 1 << 24  # values of a weight that are updated at once
+
+
+# ----- the subspace -------------------------------------------------------------------------------------------------
+
+
+def rows(W: Tensor) -> Tensor:
+    """W or W', so that the short side is the rows; a square matrix is transposed, as in the reference code."""
+    return W.T if W.shape[0] >= W.shape[1] else W
+
+
+def orthonormal(Y: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of Y (m x r, fp32) by shifted Cholesky-QR, three passes (1809.11085, algorithm 4).
+
+    Matrix products and an r x r factorisation: no branch, no wait for the host. P'P = I to 1e-6 if the singular values of
+    Y, its columns scaled, spread over no more than 1e6.
+    """
+    Y = F.normalize(Y, dim=0)
+    for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation from breaking down; the last pass mends what it cost
+        A = Y.T @ Y
+        A.diagonal().add_(shift * A.trace())
+        L, _ = torch.linalg.cholesky_ex(A)
+        Y = torch.linalg.solve_triangular(L, Y.T, upper=False).T
+    return Y
+
+
+def refresh(P: Tensor, Y: Tensor, M: Tensor, V: Tensor, ok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis after one warm power iteration, and the moments turned into it.
+
+    A trace of the old basis in Y keeps the old directions where the gradient has none (rank deficient, or zero), and bounds
+    the spread of the singular values. Nothing changes if `ok` is False or Y is not finite.
+
+    Args:
+        P (m x r): old basis; Y (m x r): G M'; M, V (r x n, fp32): moments in the old basis; ok: 0-dim bool.
+
+    Returns:
+        P in its dtype, M and V. With S = P_new' P_old: M <- S M, and V <- (S o S) V, which stays >= 0
+        (right for a variance if the entries of a column of R are uncorrelated; LDAdam 2410.16103).
+    """
+    old, Y = P.float(), Y.float()
+    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0) + 1e-6 * old
+    new = orthonormal(Y).to(P.dtype)
+    S = new.float().T @ old
+    ok = ok & S.sum().isfinite()
+    return torch.where(ok, new, P), torch.where(ok, S @ M, M), torch.where(ok, (S * S) @ V, V)
+
+
+# ----- the gradient that is never formed ----------------------------------------------------------------------------
+
+
+class ThinLinear(torch.autograd.Function):
+    """x W', whose backward gives R as the gradient of a proxy, and nothing for W.
+
+    With D (tokens x out) the gradient at the output and X (tokens x in) the input, G = D'X, or X'D as `rows` sees it:
+    G = A'B. So R = P'G = (A P)'B: 2 r (m + n) operations a token in place of 2 m n + (2 r m n once).
+    Where the input side is projected, A P = X P is known in the forward pass and saved in place of X.
+
+    In a step in which P is due, M is given, and Y' = M G' = (B M')'A comes along: the proxy's gradient is [R | Y'],
+    r x (n + m). M stands still during a step, so Y, like R, is linear in G and may be summed over micro-batches and processes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, P, M, M_scale, proxy):
+        ctx.input_side = W.shape[0] >= W.shape[1]
+        XP = x.flatten(0, -2) @ P if ctx.input_side else None
+        ctx.save_for_backward(None if ctx.input_side and M is None else x, XP, W, P, M, M_scale)
+        return F.linear(x, W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, XP, W, P, M, M_scale = ctx.saved_tensors
+        D = grad.flatten(0, -2)
+        X = None if x is None else x.flatten(0, -2).to(D.dtype)  # the casts matter under autocast only
+        A, B = (X, D) if ctx.input_side else (D, X)
+        AP = XP.to(D.dtype) if ctx.input_side else D @ P.to(D.dtype)
+        R = AP.T @ B
+        if M is not None:
+            R = torch.cat([R, (B @ dequantise(M, M_scale, True).to(D.dtype).T).T @ A], 1)
+        return grad @ W.to(D.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None, R
+
+
+class ThinModule(nn.Linear):
+    """What `thin` makes of an nn.Linear: `galore` is the optimiser's state of the weight, `proxy` where its gradient goes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        state, due = self.galore, self.proxy.shape[1] > max(self.weight.shape)
+        M, M_scale = (state["M"], state.get("M_scale")) if due else (None, None)
+        y = ThinLinear.apply(x, self.weight, state["P"], M, M_scale, self.proxy)
+        return y if self.bias is None else y + self.bias
+
+
+# ----- the optimiser ------------------------------------------------------------------------------------------------
+
+
+class GaLoreAdamW(torch.optim.Optimizer):
+    """AdamW, in a subspace where a parameter group has a rank: GaLore. One path for both, fp32 or 8-bit moments.
+
+    Group keys (those of galore-torch):
+        rank: None for plain AdamW; else r, below the short side of every matrix of the group.
+        update_proj_gap: T, steps between refreshes of P (which is also refreshed in steps 1 to 4: it starts random).
+        scale: alpha. offset: P is due in the steps t with t = offset (mod T), so that groups can take turns.
+
+    Args:
+        params: parameters or groups, e.g. from `param_groups`.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW's (decay is decoupled, and not projected).
+        state_bits: 32, or 8 for moments in blockwise 8-bit codes (adam8bit.py).
+        max_norm: clip the global norm of what is averaged and stepped on, the R (and plain gradients), to this.
+        exact: the paper and its code to the letter: P from an SVD of G before G is projected, in steps 1, T + 1, ...,
+            moments not turned, nearest rounding. Plain way only.
+        compile: fuse the Adam step with torch.compile.
+        seed: of the first P and of the rounding; the same on all processes.
+
+    The weights may be bf16 without an fp32 copy: they are rounded stochastically. If torch.distributed is initialised, R is
+    averaged over the processes. A step whose gradient (with max_norm: global norm) is not finite leaves the weight (all
+    weights), moments and basis as they are, and counts in `skipped`, the number of steps in which that happened.
+
+    Raises:
+        ValueError: a rank, gap, projection type, state_bits or max_norm that cannot be honoured.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None, exact: bool = False,
+                 compile: bool = False, seed: int = 0):  # fmt: skip
+        check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
+        check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0 (None: no clipping).")
+        self.state_bits, self.max_norm, self.exact, self.seed = state_bits, max_norm, exact, seed
+        self.adam = torch.compile(adam, fullgraph=True, dynamic=True) if compile else adam
+        self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
+        self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
+                                      update_proj_gap=200, offset=0, proj_type="std", t=0))  # fmt: skip
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        rank, T, kind = map(self.param_groups[-1].get, ("rank", "update_proj_gap", "proj_type"))
+        check(kind == "std" and T >= 1, f"proj_type is {kind!r} and update_proj_gap {T}: they must be 'std' and at least 1.")
+        for p in param_group["params"] if rank is not None else ():
+            check(p.ndim == 2 and 0 < rank < min(p.shape), f"rank {rank} does not fit a parameter of shape {tuple(p.shape)}: it "
+                  "must be at least 1 and below a matrix's short side (other parameters belong in a group without rank).")  # fmt: skip
+        self.look_up()
+
+    def look_up(self) -> None:
+        self.group = {p: group for group in self.param_groups for p in group["params"]}
+        self.index = {p: i for i, p in enumerate(self.group)}
+
+    def random(self, p: Tensor, t: int) -> torch.Generator:
+        """Depends on seed, parameter and step alone: the same in any order, after resuming, and on every process."""
+        mixed = self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B + t * 0xC2B2AE35
+        return torch.Generator(p.device).manual_seed(mixed % 2**32)
+
+    def init(self, p: Tensor) -> dict:
+        """The state of p, made when first asked for: P (m x r, in p's dtype), M and V (r x n, or p's shape)."""
+        state, shape, rank = self.state[p], p.shape, self.group[p]["rank"]
+        if not state:
+            if rank is not None:
+                (m, n), shape = rows(p).shape, (rank, max(p.shape))
+                state["P"] = orthonormal(torch.randn(m, rank, generator=self.random(p, 0), device=p.device)).to(p.dtype)
+            state.update(zeros(shape, self.state_bits, p.device))
+        return state
+
+    def due(self, p: Tensor) -> bool:
+        """Is P refreshed in the step under way?"""
+        group = self.group[p]
+        t, T = group["t"] + 1, group["update_proj_gap"]
+        on_time = (t - 1) % T == 0 if self.exact else t <= 4 or t % T == group["offset"] % T
+        return group["rank"] is not None and on_time
+
+    def collect(self, p: Tensor) -> Tensor:
+        """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
+        state, R = self.init(p), self.leaf(p).grad
+        if "P" in state and p not in self.proxies:  # the plain way: what is there is G
+            G = rows(R)
+            if self.exact and self.due(p) and R.isfinite().all():
+                U, _, Vh = torch.linalg.svd(R.float(), full_matrices=False)  # of G as it came, for the reference code's signs
+                state["P"] = (U if G is R else Vh.T)[:, : self.group[p]["rank"]].to(p.dtype)
+            R = state["P"].T @ G
+            if self.due(p) and not self.exact:
+                R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
+        if dist.is_initialized():
+            dist.all_reduce(R.div_(dist.get_world_size()))
+        return R
+
+    def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor | float = 1.0) -> None:
+        """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
+
+        The weight moves in slices, at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
+        """
+        state, group = self.state[p], self.group[p]
+        P, lr, t = state.get("P"), group["lr"], group["t"] + 1
+        if P is not None:
+            R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
+        ok = R.sum(dtype=torch.float32).isfinite() if ok is None else ok
+        self.bad = self.bad + ~ok
+        bias = [torch.tensor(1 - beta**t) for beta in group["betas"]]
+
+        def direction(G: Tensor, state: dict) -> Tensor:
+            N, moments = self.adam(G.float() * shrink, state, *group["betas"], group["eps"], *bias, ok)
+            for name, x in moments.items():
+                state[name].copy_(x)
+            return N
+
+        if P is None:
+            parts = zip(p.view(-1).split(SLICE), R.reshape(-1).split(SLICE), pieces(state, SLICE))
+            slices = ((w, direction(g, moments)) for w, g, moments in parts)
+        else:
+            N = direction(R, state).to(P.dtype) * group["scale"]
+            A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
+            size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
+            slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
+        random = None if self.exact else self.random(p, t)
+        for w, N in slices:
+            write(w, w.float().mul_(1 - ok * (lr * group["weight_decay"])).add_(N, alpha=-lr), random)
+
+        if self.due(p) and not self.exact:
+            state["P"], M, V = refresh(P, Y, load(state, "M"), load(state, "V"), ok)
+            state.update(store(M, V, "M_scale" in state))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Ends the step: moves every weight that has a gradient and was not moved during the backward pass."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        waiting = [p for p in self.group if self.leaf(p).grad is not None]
+        collected, ok, shrink = map(self.collect, waiting), None, 1.0  # one at a time, as `move` asks for them ...
+        if self.max_norm is not None:  # ... or all, to know their norm first
+            collected = list(collected)
+            self.norm = torch.nn.utils.get_total_norm(R[:, : max(p.shape)] if "P" in self.state[p] else R for p, R in zip(waiting, collected))
+            ok, shrink = self.norm.isfinite(), (self.max_norm / (self.norm + 1e-6)).clamp(max=1)
+        for p, R in zip(waiting, collected):
+            self.move(p, R, ok, shrink)
+        for group in self.param_groups:
+            group["t"] += 1
+        self.skipped, self.bad = self.skipped + (self.bad > 0), torch.zeros(())
+        if self.accumulate:
+            self.zero_grad()
+            self.arm()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but each tensor keeps its dtype: torch would cast moments and scales to bf16, as the weights are."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.look_up()
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, self.group):
+            self.state[p] = {name: x.to(p.device, copy=True) for name, x in state_dict["state"].get(i, {}).items()}
+        self.arm()
+
+    # The thin way: gradients arrive at proxies, and each weight moves when its last one has.
+
+    def leaf(self, p: Tensor) -> Tensor:
+        """Where autograd leaves what it has for p."""
+        return self.proxies.get(p, p)
+
+    def arm(self) -> None:
+        """Before a step: the linear layers get their weight's state, and proxies as wide as what is due."""
+        for module in self.modules:
+            p = module.weight
+            module.galore, width = self.init(p), max(p.shape) + min(p.shape) * self.due(p)
+            if p not in self.proxies or self.proxies[p].shape[1] != width:
+                proxy = p.new_zeros(1).expand(len(module.galore["M"]), width).requires_grad_()  # owns one number
+                proxy.register_post_accumulate_grad_hook(partial(self.arrived, p))
+                self.proxies[p] = proxy
+            module.proxy = self.proxies[p]
+
+    @torch.no_grad()
+    def arrived(self, p: Tensor, leaf: Tensor) -> None:
+        """Hook: leaf.grad has a micro-batch more. After the last one the weight moves, unless the norm is to be known first."""
+        self.passes[p] = self.passes.get(p, 0) + 1
+        if self.passes[p] > self.accumulate:
+            raise RuntimeError(f"backward() ran more than {self.accumulate} times in a step: thin(..., accumulate=) says how often it does.")
+        if self.passes[p] == self.accumulate and self.max_norm is None:
+            self.move(p, self.collect(p))
+            leaf.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for proxy in self.proxies.values():
+            proxy.grad = None
+        self.passes.clear()
+
+
+def write(w: Tensor, new: Tensor, random: torch.Generator | None) -> None:
+    """w <- new (fp32). bf16 is rounded up or down at random, so that updates below its precision survive on average."""
+    if w.dtype == torch.bfloat16 and random is not None:
+        noise = torch.randint(1 << 16, new.shape, dtype=torch.int32, device=w.device, generator=random)
+        new = new.view(torch.int32).add_(noise).bitwise_and_(-1 << 16).view(torch.float32)
+    w.copy_(new)
+
+
+def check(fine: bool, otherwise: str) -> None:
+    if not fine:
+        raise ValueError(otherwise)
+
+
+def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale: float = 0.25) -> list[dict]:
+    """Groups for GaLoreAdamW: the linear layers inside the model's blocks (attention and MLP matrices) get the rank, a group
+    per block, which refresh in turn (block i of L at offset i T / L); embedding, head, norms and biases get none.
+
+    Raises:
+        ValueError: no nn.Linear stands in a numbered block.
+    """
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    blocks, rest = {}, []
+    for name, p in model.named_parameters():
+        block = re.search(r"\.(\d+)\.", name)
+        if p.requires_grad:
+            (blocks.setdefault(int(block[1]), []) if block and p in linear else rest).append(p)
+    check(len(blocks), "no nn.Linear stands in a numbered block (as model.layers.0): make groups by hand, with the key 'rank'.")
+    common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale)
+    groups = [dict(params=ps, offset=i * update_proj_gap // len(blocks), **common) for i, ps in enumerate(blocks.values())]
+    return [*groups, dict(params=rest)]
+
+
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1) -> None:
+    """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass (layer-wise).
+
+    From here on a step is `accumulate` backward passes and one opt.step(); projected weights have no .grad. The last backward
+    pass moves each weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected parameter
+    that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way.
+
+    Raises:
+        ValueError: the optimiser has exact=True (its SVD needs the full gradient), or is thin already.
+    """
+    check(not opt.exact, "exact=True takes an SVD of the full gradient, which the thin way never forms: leave one of them out.")
+    check(opt.accumulate is None, "this optimiser is thin already.")
+    opt.accumulate = accumulate
+    opt.modules = [m for m in model.modules() if type(m) is nn.Linear and opt.group.get(m.weight, {}).get("rank")]
+    opt.arm()
+    for module in opt.modules:
+        module.__class__ = ThinModule
+    for p in opt.group.keys() - opt.proxies.keys():
+        p.register_post_accumulate_grad_hook(partial(opt.arrived, p))
