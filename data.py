@@ -49,7 +49,8 @@ THREADS = min(os.cpu_count() or 1, 8)
 JSON_LINES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
-Shard = namedtuple("Shard", "name files url", defaults=[""])  # becomes one token file: one file of json lines, or many of text
+# becomes one token file: one file of json lines, or many of text; mix: long documents whose parts are to be shuffled
+Shard = namedtuple("Shard", "name files url mix", defaults=["", False])
 
 
 class EndOfData(Exception):
@@ -118,7 +119,7 @@ def find_shards(data: str, split: str, data_dir: str | None, data_url: str) -> t
         names = [f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz" for i in range(count)]
         return [Shard(name, [folder / name], data_url.replace("{}", name)) for name in names], folder, False
     if data == "python":
-        return [Shard(f"python-{split}", python_files(split))], folder, False
+        return [Shard(f"python-{split}", python_files(split), mix=True)], folder, False
 
     path = Path(data)
     if not path.exists():
@@ -283,6 +284,11 @@ def tokenise(shard: Shard, tokenizer: Tokenizer, file, background: bool):
     tokens = file.seek(0, os.SEEK_END) // tokenizer.dtype.itemsize
     if not tokens:
         raise ValueError(f"{shard.files[0]} is empty: no document in it")
+    if shard.mix:  # else a small batch, read in order, would be all of one file
+        file.flush()
+        windows = np.memmap(file.name, tokenizer.dtype, "r+", shape=(tokens // 1024, 1024))
+        windows[:] = windows[np.random.default_rng(0).permutation(len(windows))]
+        windows.flush()
     rates = [tokens / 1e6 / seconds for seconds in (time.perf_counter() - wall, time.process_time() - cpu)]
     if not background:
         tell(f"{shard.name}: {tokens:,} {tokenizer.name} tokens, {rates[0]:.2f} M/s in all, {rates[1]:.2f} M/s per core")

@@ -201,8 +201,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state, shape, rank = self.state[p], p.shape, self.group[p]["rank"]
         if not state:
             if rank is not None:
-                (m, n), shape = rows(p).shape, (rank, max(p.shape))
-                state["P"] = orthonormal(torch.randn(m, rank, generator=self.random(p, 0), device=p.device)).to(p.dtype)
+                shape = (rank, max(p.shape))
+                state["P"] = orthonormal(torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)).to(p.dtype)
             state.update(zeros(shape, self.state_bits, p.device))
         return state
 

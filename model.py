@@ -65,7 +65,7 @@ def _size(hidden: int, mlp: int, heads: int, layers: int, kv_heads: int | None =
 
 
 SIZES: dict[str, dict] = {  # Config(vocab_size=..., **SIZES[name])
-    "toy": _size(256, 688, 4, 4),
+    "toy": _size(192, 512, 4, 4),
     "60m": _size(512, 1376, 8, 8),
     "130m": _size(768, 2048, 12, 12),
     "350m": _size(1024, 2736, 16, 24),
@@ -290,7 +290,7 @@ class Llama(nn.Module):
 
         Raises FileNotFoundError for a file that is not there, ValueError for one that cannot be read, for a config that
         this model does not implement, and for weights that do not match the config."""
-        config = _read_config(Path(folder))
+        config = read_config(Path(folder))
         weights = _read_weights(Path(folder), dtype)
         embedding = weights.get("model.embed_tokens.weight", torch.empty(0))
         if config.tie_word_embeddings and torch.equal(weights.get("lm_head.weight", embedding), embedding):
@@ -339,11 +339,13 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def _read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: a Hugging Face checkpoint folder is needed.") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a JSON object ({error}).") from None
 
 
-def _read_config(folder: Path) -> Config:
+def read_config(folder: Path) -> Config:
     """Config of a Hugging Face config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
     path = folder / "config.json"
     raw = _read_json(path)

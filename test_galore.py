@@ -8,19 +8,36 @@ NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache
 """
 
 import copy
+import gzip
+import http.server
+import json
 import math
 import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adam8bit
-import galore
-from galore import GaLoreAdamW, orthonormal, param_groups, refresh, rows, thin
+import data
+import model as model_file
+import train
+from galore import GaLoreAdamW, orthonormal, param_groups, refresh, thin
+from model import SIZES, Config, Llama, cross_entropy
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose tenfold when another program wants the cores
 YES = torch.tensor(True)
 
 
@@ -329,8 +346,6 @@ def test_thin_equals_plain_bf16_8bit():
 
 def test_no_full_gradient_is_ever_made():
     """In thin steps, one of them refreshing, no operation makes a tensor of the shape of a projected matrix or its transpose."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Watch(TorchDispatchMode):
         seen, shapes, own = 0, {(40, 24), (24, 40), (40, 40)}, set()
 
@@ -458,8 +473,6 @@ def test_autocast_thin_equals_plain():
 
 def test_groups_hold_every_parameter_once():
     """Attention and MLP matrices get the rank, the rest none, each parameter exactly one group."""
-    from model import SIZES, Config, Llama
-
     model = Llama(Config(vocab_size=320, **SIZES["toy"]))
     groups = param_groups(model, 16, update_proj_gap=200)
     held = [p for g in groups for p in g["params"]]
@@ -547,3 +560,1195 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, way):
         one, _ = trained("thin", 20, max_norm=0.5 if way == "clip" else None)
         assert apart(results[0], results[1]) == 0
         assert apart(results[0], list(one.parameters())) < 1e-5
+
+
+# ----- model.py ---------------------------------------------------------------------------------------------------------
+
+TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
+VARIANTS = {"plain": {}, "grouped": dict(num_key_value_heads=2), "tied": dict(tie_word_embeddings=True, num_key_value_heads=1),
+            "theta, eps, head_dim": dict(rope_theta=500.0, rms_norm_eps=1e-3, head_dim=6)}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def tiny(seed=0, **options):
+    """A tiny model whose weights are large enough, and norms uneven enough, that a wrong formula shows in the logits."""
+    torch.manual_seed(seed)
+    model = Llama(Config(**TINY | options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8) if p.ndim == 2 else p.uniform_(0.5, 1.5)
+    return model
+
+
+def some_tokens(B=2, T=17, seed=1):
+    return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="LOUD SKIP: the oracle of model.py, transformers, is not installed")
+
+
+# -- loss
+
+def full_loss(x, W, t):
+    return F.cross_entropy(F.linear(x, W).float(), t)
+
+
+def loss_and_gradients(loss, x, W, t, scale=1.0):
+    x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
+    value = loss(x, W, t)
+    (value * scale).backward()
+    return value.detach(), x.grad, W.grad
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 30, 64, None])
+def test_chunked_loss_equals_cross_entropy(rows):
+    """Loss and both gradients, scaled by the incoming gradient, equal F.cross_entropy's on full logits for any chunk size, a partial last chunk included."""
+    torch.manual_seed(0)
+    x, W, t = torch.randn(30, 16), torch.randn(50, 16), torch.randint(50, (30,))
+    expected = loss_and_gradients(full_loss, x, W, t, 3.0)
+    found = loss_and_gradients(lambda *a: cross_entropy(*a, rows), x, W, t, 3.0)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1:], expected[1:], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(x, W, t, rows), expected[0], rtol=0, atol=1e-5)
+
+
+def test_chunked_loss_in_bf16_is_as_exact_as_the_full_one():
+    """In bf16 the chunked loss and gradients are no further from the fp32 truth than full logits in bf16, and each has its input's type."""
+    torch.manual_seed(0)
+    x, W, t = torch.randn(256, 64), torch.randn(500, 64) / 8, torch.randint(500, (256,))
+    x, W = x.bfloat16(), W.bfloat16()
+    truth = loss_and_gradients(full_loss, x.float(), W.float(), t)
+    full = loss_and_gradients(full_loss, x, W, t)
+    found = loss_and_gradients(lambda *a: cross_entropy(*a, 64), x, W, t)
+    assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], full[0], rtol=1e-5, atol=0)
+    for a, b, c in zip(found[1:], full[1:], truth[1:]):
+        assert (a - c).norm() < 1.5 * (b - c).norm() < 0.02 * c.norm()
+
+
+def test_chunked_loss_makes_only_what_is_asked_for():
+    """A frozen head gets no gradient and costs no tensor of its shape, no_grad makes neither gradient, and a second backward is refused."""
+    torch.manual_seed(0)
+    x, W, t = torch.randn(30, 16), torch.randn(50, 16), torch.randint(50, (30,))
+    expected = loss_and_gradients(full_loss, x, W, t)
+    a = x.clone().requires_grad_()
+    with Shapes() as shapes:
+        cross_entropy(a, W, t, 7).backward()
+    torch.testing.assert_close(a.grad, expected[1], rtol=0, atol=1e-6)
+    assert (30, 16) in shapes.seen and (50, 16) not in shapes.seen
+    b = W.clone().requires_grad_()
+    cross_entropy(x, b, t, 7).backward()
+    torch.testing.assert_close(b.grad, expected[2], rtol=0, atol=1e-6)
+    a, b = x.clone().requires_grad_(), W.clone().requires_grad_()
+    with Shapes() as shapes, torch.no_grad():
+        cross_entropy(a, b, t, 7)
+    assert not shapes.seen & {(30, 16), (50, 16)}
+    loss = cross_entropy(a, b, t, 7) * 2
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of all tensors that are made inside, views of existing ones apart, and the largest number of elements."""
+    def __enter__(self):
+        self.seen, self.largest = set(), 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for y in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(y, torch.Tensor) and not func.is_view and func is not torch.ops.aten.detach.default:
+                self.seen.add(tuple(y.shape))
+                self.largest = max(self.largest, y.numel())
+        return out
+
+
+def test_training_never_makes_the_full_logits(monkeypatch):
+    """A training step never makes more logits than a chunk holds, gives the gradients of the full-logits loss to every weight (both of a tied one), and a chunk at vocabulary 32000 is at most 131.1 MB."""
+    assert model_file.CHUNK_LOGITS * 4 <= 131.1e6
+    monkeypatch.setattr(model_file, "CHUNK_LOGITS", 64 * TINY["vocab_size"])
+    for options in ({}, dict(tie_word_embeddings=True)):
+        model, tokens = tiny(**options), some_tokens(4, 51)
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        with Shapes() as shapes:
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert max(s[0] for s in shapes.seen if len(s) == 2 and s[1] == TINY["vocab_size"]) == 64 and shapes.largest < 200 * 97
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_memory_of_the_loss():
+    """At 7B and 4096 tokens, bf16, the loss and its backward peak at inputs, gradients and the logits of one chunk (fp32 once, bf16 once); the head's gradient exists once."""
+    with FakeTensorMode():
+        x, W = torch.empty(4096, 4096, dtype=torch.bfloat16, requires_grad=True), torch.empty(32000, 4096, dtype=torch.bfloat16, requires_grad=True)
+        tracker = MemTracker()
+        tracker.track_external(x, W)
+        with tracker:
+            cross_entropy(x, W, torch.zeros(4096, dtype=torch.int64)).backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+    assert peak["Total"] < 2 * (x.nbytes + W.nbytes) + 1024 * 32000 * (4 + 2) + 1e6
+
+
+# -- the model
+
+@variants
+def test_checkpoints_go_both_ways(variant, tmp_path):
+    """transformers opens what save_pretrained writes, and from_pretrained what transformers writes, with equal logits (1e-4, fp32) and greedy continuations."""
+    hf, model, tokens = transformers(), tiny(**variant), some_tokens()
+    model.save_pretrained(tmp_path / "ours")
+    theirs = hf.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=0, atol=1e-4)
+    greedy = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(tokens, 20, temperature=0), greedy)
+
+    theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY | variant, initializer_range=0.2))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = Llama.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(back(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+    assert {n for n, _ in back.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    assert Llama.from_pretrained(tmp_path / "theirs", torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+def shard(model, folder, suffix, save):
+    """Write a model's weights as two files and an index, as transformers does for a large one."""
+    folder.mkdir()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    names, middle = sorted(weights), len(weights) // 2
+    parts = {f"part-{i}{suffix}": {n: weights[n] for n in half} for i, half in enumerate((names[:middle], names[middle:]))}
+    for name, part in parts.items():
+        save(part, folder / name)
+    index = "model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"weight_map": {n: name for name, part in parts.items() for n in part}}))
+    return folder / index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_sharded_and_bin_checkpoints(suffix, tmp_path, monkeypatch):
+    """Sharded weights of either kind read as one, older transformers' rotary buffers are ignored, and .bin needs no safetensors, to write or to read, and opens in transformers."""
+    model = tiny(num_key_value_heads=2, tie_word_embeddings=True)
+    if suffix == ".bin":
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)    # import fails from here on
+        save = torch.save
+    else:
+        save = pytest.importorskip("safetensors.torch", reason="LOUD SKIP: safetensors is not installed").save_file
+    model.save_pretrained(tmp_path / "one")
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"]
+    with torch.no_grad():
+        shard(model, tmp_path / "many", suffix, lambda part, path: save(part | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path))
+    (tmp_path / "many/config.json").write_bytes((tmp_path / "one/config.json").read_bytes())
+    for folder in ("one", "many"):
+        read = Llama.from_pretrained(tmp_path / folder)
+        assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+        assert read.lm_head.weight is read.model.embed_tokens.weight
+    monkeypatch.undo()
+    theirs = transformers().LlamaForCausalLM.from_pretrained(tmp_path / "one")
+    torch.testing.assert_close(theirs(some_tokens()).logits, model(some_tokens()), rtol=0, atol=1e-4)
+
+
+def test_config_of_both_transformers_generations(tmp_path):
+    """rope_theta is read from transformers 4's place and 5's, and a mistral without its sliding window is read and equals transformers' Mistral."""
+    hf, tokens = transformers(), some_tokens()
+    tiny(rope_theta=500.0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in (dict(rope_theta=77.0), dict(rope_parameters=dict(rope_theta=77.0, rope_type="default"))):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_theta"} | change))
+        assert Llama.from_pretrained(tmp_path).config.rope_theta == 77.0
+    theirs = hf.MistralForCausalLM(hf.MistralConfig(**TINY, num_key_value_heads=2, sliding_window=None, initializer_range=0.2))
+    theirs.save_pretrained(tmp_path / "mistral")
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path / "mistral")(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope_type is 'llama3'"),
+    (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type is 'linear'"),
+    (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_type is 'yarn'"),
+    (dict(attention_bias=True), "attention_bias is True"), (dict(mlp_bias=True), "mlp_bias is True"),
+    (dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(model_type="qwen3"), "model_type is 'qwen3'"),
+    (dict(model_type=None), "model_type is None"), (dict(model_type="mistral"), "sliding_window is 4096"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config is"), (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None), "head_dim 10.6667"),
+    (dict(hidden_size=None), "config.json.*hidden_size"), (dict(num_key_value_heads=3), "must be a multiple"), (dict(head_dim=7), "even ")])
+def test_configs_that_would_be_misread_are_refused(change, sentence, tmp_path):
+    """A config.json whose model is not this one gives a sentence that names the field and its value."""
+    tiny().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=sentence):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
+    """A folder without config or weights, weights missing, unexpected, mis-shaped or cut short, an index that leaves the folder or names no file, and a missing safetensors each give one sentence, and no pickle is executed."""
+    def refused(error, sentence):
+        with pytest.raises(error, match=sentence) as caught:
+            Llama.from_pretrained(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+    model, folder = tiny(), tmp_path / "m"
+    refused(FileNotFoundError, "config.json")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    model.save_pretrained(folder)
+    good, path = model.state_dict(), folder / "pytorch_model.bin"
+    name = "model.layers.1.mlp.up_proj.weight"
+    for change, sentence in ((lambda w: w.pop(name), name), (lambda w: w.update(extra=torch.ones(1)), "extra"),
+                             (lambda w: w.update({name: torch.ones(3, 4)}), r"\(3, 4\)")):
+        weights = dict(good)
+        change(weights)
+        torch.save(weights, path)
+        refused(ValueError, sentence)
+    config = (folder / "config.json").read_text()    # one that ties a head which is no copy
+    (folder / "config.json").write_text(config.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    torch.save(good, path)
+    refused(ValueError, "lm_head.weight is .* should be absent")
+    torch.save(good | {"lm_head.weight": good["model.embed_tokens.weight"]}, path)
+    Llama.from_pretrained(folder)
+    (folder / "config.json").write_text(config)
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(ValueError, "cannot be read")
+    torch.save(Evil(), path)
+    refused(ValueError, "cannot be read")
+    assert not Evil.ran
+    path.unlink()
+    refused(FileNotFoundError, "no weights")
+    index = folder / "pytorch_model.bin.index.json"
+    torch.save(good, tmp_path / "outside.bin")
+    for outside in ("../outside.bin", str(tmp_path / "outside.bin"), "..", 5):
+        index.write_text(json.dumps(dict(weight_map=dict(a=outside))))
+        refused(ValueError, "cannot be read")
+    index.write_text(json.dumps(dict(weight_map=dict(a="gone.bin"))))
+    refused(ValueError, "gone.bin")
+    for text in ("{", "[1]", "{}"):
+        index.write_text(text)
+        refused(ValueError, "index.json is not|embed_tokens.weight is missing")
+    (folder / "model.safetensors").write_bytes(b"junk")
+    refused(ValueError, "pip install safetensors")
+    with pytest.raises(ValueError, match="model.safetensors"):    # it would shadow the .bin
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+    pytest.importorskip("safetensors", reason="LOUD SKIP: safetensors is not installed")
+    refused(ValueError, "cannot be read")
+
+
+class Evil:
+    """A pickle that leaves a trace when it is executed."""
+    ran = []
+
+    def __reduce__(self):
+        return Evil.run, ()
+
+    @staticmethod
+    def run():
+        Evil.ran.append(1)
+
+
+@variants
+def test_generate_equals_the_loop_without_a_cache(variant):
+    """The key-value cache changes nothing: greedy and sampled tokens equal those of a loop that reads the whole text again for every token, and top_k takes only the k likeliest."""
+    model, tokens = tiny(**variant), some_tokens(3, 5)
+
+    def naive(tokens, n, temperature, top_k, generator):
+        for _ in range(n):
+            logits = model(tokens)[:, -1]
+            if top_k:
+                logits = logits.scatter(1, logits.argsort(descending=True)[:, top_k:], float("-inf"))
+            token = logits.argmax(1, keepdim=True) if temperature == 0 else \
+                torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)
+            tokens = torch.cat((tokens, token), 1)
+        return tokens
+
+    with torch.no_grad():
+        for options in (0, None), (1.0, None), (2.5, 4), (3.0, 1), (1.0, 1000):
+            seeds = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+            assert torch.equal(model.generate(tokens, 16, *options, seeds[0]), naive(tokens, 16, *options, seeds[1]))
+    assert torch.equal(model.generate(tokens, 0), tokens)
+    for bad in (dict(tokens=tokens[:, :0]), dict(temperature=-1.0), dict(top_k=0)):
+        with pytest.raises(ValueError, match="generate needs"):
+            model.generate(**dict(tokens=tokens, max_new_tokens=1) | bad)
+
+
+def test_sizes_have_the_published_parameter_counts():
+    """7b has 6.738e9 parameters at the paper's vocabulary and the MobileLLMs 124.6M and 345.3M as published, on the meta device; the paper's other sizes have the counts of its Table 5 shapes."""
+    def count(name):
+        return Llama(Config(vocab_size=32000, **SIZES[name]), device="meta").num_parameters()
+    assert count("7b") == 6_738_415_616
+    assert count("mobilellm-125m") // 10**5 == 1246 and count("mobilellm-350m") // 10**5 == 3453
+    for name, millions in {"60m": 58, "130m": 134, "350m": 368, "1b": 1339, "3b": 2686}.items():
+        assert round(count(name) / 1e6) == millions, (name, count(name))
+
+
+def test_meta_fake_and_narrow_construction():
+    """A model finished from the meta device, or moved to bf16, is whole: tied weights one tensor, and RoPE in fp32 however far the position; the whole step runs on fake tensors."""
+    torch.manual_seed(5)
+    direct = Llama(Config(**TINY, tie_word_embeddings=True))
+    assert direct.lm_head.weight is direct.model.embed_tokens.weight
+    with torch.device("meta"):
+        model = Llama(Config(**TINY, tie_word_embeddings=True))
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    torch.manual_seed(5)
+    model.init_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model(some_tokens()), direct(some_tokens())) and not list(model.buffers())
+    big = Llama(Config(**TINY | dict(vocab_size=4000)))
+    assert abs(big.lm_head.weight.std() - 0.02) < 1e-3 and abs(big.lm_head.weight.mean()) < 1e-3
+    assert all((p == 1).all() for p in big.parameters() if p.ndim == 1)
+    assert {p.dtype for p in Llama(Config(**TINY), dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+    seen = []
+    narrow = tiny().to(torch.bfloat16)
+    narrow.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1:3]))
+    assert narrow(some_tokens(1, 1500)).dtype == torch.bfloat16
+    angle = torch.arange(1500.0).double()[:, None] * 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
+    angle = torch.cat((angle, angle), 1)
+    torch.testing.assert_close(torch.stack(seen[0]), torch.stack((angle.cos(), angle.sin())).float(), rtol=0, atol=2e-4)
+
+    with FakeTensorMode():
+        fake = Llama(Config(vocab_size=32000, **SIZES["60m"]), dtype=torch.bfloat16)
+        fake.activation_checkpointing = True
+        fake(torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)).backward()
+        assert fake.lm_head.weight.grad.shape == (32000, 512)
+
+
+def test_activation_checkpointing_changes_memory_not_numbers():
+    """With activation checkpointing the loss and every gradient are the same to the last bit, and less is saved for the backward pass; without gradients it does nothing."""
+    model, tokens = tiny(num_hidden_layers=4), some_tokens(2, 33)
+
+    def step():
+        model.zero_grad()
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        return loss, [p.grad for p in model.parameters()], sum(saved.values())
+    loss, gradients, kept = step()
+    model.activation_checkpointing = True
+    loss_again, gradients_again, kept_again = step()
+    assert torch.equal(loss, loss_again) and all(map(torch.equal, gradients, gradients_again)) and kept_again < kept / 2
+    model.eval()
+    assert step()[2] == kept
+
+
+def test_blocks_compile_alone_and_without_graph_breaks(monkeypatch):
+    """Every block compiles by itself as one graph, with activation checkpointing too, once for all of them; numbers stay, and generate runs eagerly instead of compiling again for each length."""
+    tokens, expected = some_tokens(), {}
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        graphs = []
+        model = tiny(num_key_value_heads=2)
+        model.activation_checkpointing = checkpointing
+        def step():
+            model.zero_grad()
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            return loss.detach(), [p.grad for p in model.parameters()]
+        expected, text = step(), model.generate(tokens, 12, temperature=0)
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        torch.testing.assert_close(step(), expected)
+        made = len(graphs)
+        assert made >= 1 and torch.equal(model.generate(tokens, 12, temperature=0), text) and len(graphs) == made
+        step()
+        assert len(graphs) == made
+
+
+# ----- data.py ----------------------------------------------------------------------------------------------------------
+
+BYTES = data.get_tokenizer("bytes")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No process beside the test: every shard is prepared when it is needed."""
+    process = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(data, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=lambda **_: process)))
+
+
+def texts(n, seed=0):
+    """n documents with letters of two, three and four bytes, line ends, an empty one, and a special token as text."""
+    rng = random.Random(seed)
+    return ["", "a <|endoftext|> b"] + ["".join(rng.choice("abcdefg \nåß中😀") for _ in range(rng.randrange(1, 90))) for _ in range(n - 2)]
+
+
+def json_gz(documents):
+    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents).encode(), mtime=0)
+
+
+def c4_like(folder, shards=3, documents=30):
+    """A folder of `shards` training files and a validation file in C4's form; returns the training documents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = []
+    for i in range(shards + 1):
+        documents_here = texts(documents, seed=i)
+        name = f"c4-train.{i:05d}-of-01024.json.gz" if i < shards else "c4-validation.00000-of-00008.json.gz"
+        (folder / name).write_bytes(json_gz(documents_here))
+        everything += documents_here if i < shards else []
+    return everything
+
+
+def expected(documents):
+    return [id for text in documents for id in [*text.encode(), BYTES.eot]]
+
+
+def flat(x):
+    return x.reshape(-1).tolist()
+
+
+def targets(stream, n, sequences=2):
+    return [id for _ in range(n) for id in flat(stream.batch(sequences)[1])]
+
+
+# ---- tokens
+
+def check_round_trip(tokenizer, documents, folder):
+    (folder / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    path = data.prepare(data.find_shards(str(folder / "mine.jsonl"), "train", None, "{}")[0][0], tokenizer, folder)
+    ids = np.fromfile(path, tokenizer.dtype)
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    assert len(ends) == len(documents) and ends[-1] == len(ids) - 1
+    assert [tokenizer.decode(ids[a:b]) for a, b in zip([0, *ends[:-1] + 1], ends)] == documents
+    assert tokenizer.n_bytes[ids].sum() == sum(len(text.encode()) for text in documents)
+
+
+def test_round_trip_of_bytes(tmp_path):
+    """Documents, tokenised to a file and split at end-of-text, come back letter by letter, and their bytes are counted exactly."""
+    check_round_trip(BYTES, texts(700), tmp_path)
+    assert BYTES.decode([104, 105, 256, 300, 10 ** 6]) == "hi<|endoftext|>"  # ids of a padded vocabulary too
+
+
+def test_broken_surrogate_in_json(tmp_path, alone):
+    """Half a surrogate pair, which json can hold and UTF-8 cannot, becomes a question mark; a whole pair is one letter."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud83dy\\ud83d\\ude00"}\n' * 9)
+    x, _ = data.open_data(str(tmp_path / "a.jsonl"), BYTES, "train", 7).batch(1)
+    assert BYTES.decode(x[0]) == "x?y😀"
+
+
+def test_round_trip_of_gpt2_on_c4(tmp_path, monkeypatch):
+    """Real C4 documents in GPT-2's BPE come back letter by letter, and the ids are those of tiktoken's own encode."""
+    if "NANO_GALORE_DATA" not in os.environ:
+        pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
+    folder = Path(os.environ["NANO_GALORE_DATA"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
+    tokenizer = data.get_tokenizer("gpt2")
+    (file,) = (folder / "c4").glob("c4-validation*.json.gz")
+    documents = [json.loads(line)["text"] for line in gzip.open(file)][:200] + texts(50)
+    check_round_trip(tokenizer, documents, tmp_path)
+    import tiktoken
+    for text in documents[:20] + ["<|endoftext|>"]:
+        assert tokenizer.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode(text, disallowed_special=())
+    assert tokenizer.eot == 50256 and tokenizer.n_vocab == 50257 and tokenizer.dtype == np.uint16
+    tokenizer.decode(range(50304))
+
+
+@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl", ".txt"])
+def test_threads_do_not_change_the_tokens(tmp_path, monkeypatch, suffix):
+    """The token file is the same to the byte for 1 and 7 threads, whatever the form of the text."""
+    documents = texts(1500)
+    (tmp_path / f"a{suffix}").write_bytes({".json.gz": json_gz(documents), ".txt": "\n".join(documents).encode() * 3,
+                                           ".jsonl": gzip.decompress(json_gz(documents))}[suffix])
+    files = []
+    for threads in (1, 7):
+        slow = data.Tokenizer("bytes", BYTES.pieces, 256, lambda text: (time.sleep(hash(text) % 3 / 1e4), BYTES.encode(text))[1])
+        monkeypatch.setattr(data.Tokenizer.encode_batch, "__defaults__", (threads,))
+        (shard,), _, _ = data.find_shards(str(tmp_path / f"a{suffix}"), "train", None, "{}")
+        files.append(data.prepare(shard, slow, tmp_path / str(threads)).read_bytes())
+    assert files[0] == files[1]
+    want = expected(["\n".join(documents) * 3] if suffix == ".txt" else documents)
+    assert np.frombuffer(files[0], np.uint16).tolist() == want
+
+
+def test_two_tokenizers_do_not_mix(tmp_path, alone):
+    """Token files of two tokenizers lie side by side, each read with its own type and values."""
+    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(texts(30))))
+    wide = data.Tokenizer("wide", [b"?"] * 70000, 69999, lambda text: np.full(len(text), 65536 + len(text)))
+    for tokenizer in (BYTES, wide, BYTES):
+        x, _ = data.open_data(str(tmp_path / "a.jsonl"), tokenizer, "train", 20).batch(1)
+        assert (x.max() > 65536) == (tokenizer is wide)
+    assert len(list(tmp_path.glob("*.tokens"))) == 2
+
+
+# ---- order
+
+@pytest.mark.parametrize("sequences", [1, 3, 50])
+def test_every_token_once_over_shard_boundaries(tmp_path, alone, sequences, capsys):
+    """One pass hands out every token of all shards exactly once as a target, in order, and the end of the pass is told
+    with its exact length, after which the tokens come again."""
+    ids = expected(c4_like(tmp_path))
+    stream = data.open_data(str(tmp_path), BYTES, "train", 16)
+    seen = []
+    while len(seen) < 2.5 * len(ids):
+        x, y = stream.batch(sequences)
+        assert x.shape == y.shape == (sequences, 16) and x.dtype == y.dtype == torch.int64
+        assert flat(x)[1:] == flat(y)[:-1] and flat(x)[0] == (seen[-1] if seen else ids[0])
+        seen += flat(y)
+    assert seen == (ids * 4)[1:len(seen) + 1]
+    assert f"{len(ids):,} tokens" in capsys.readouterr().err and stream.epoch >= 2
+    assert stream.bytes_per_token == sum(id != 256 for id in seen) / len(seen)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_stripes_are_the_single_stream(tmp_path, alone, world, split):
+    """The stripes of 2 or 4 processes, put together, are the stream of one, to the last batch of validation; bytes per
+    token, too, are the same in every process."""
+    c4_like(tmp_path, documents=60)
+    one = data.open_data(str(tmp_path), BYTES, split, 16)
+    many = [data.open_data(str(tmp_path), BYTES, split, 16) for _ in range(world)]
+    for _ in range(200):
+        try:
+            x, y = one.batch(3 * world)
+        except data.EndOfData:
+            assert split == "val"
+            for stream in many:
+                with pytest.raises(data.EndOfData):
+                    stream.batch(3, 0, world)
+            break
+        stripes = [stream.batch(3, rank, world) for rank, stream in enumerate(many)]
+        assert torch.equal(torch.cat([x for x, _ in stripes]), x) and torch.equal(torch.cat([y for _, y in stripes]), y)
+        assert {stream.bytes_per_token for stream in many} == {one.bytes_per_token}
+    else:
+        assert split == "train" and one.epoch > 0
+
+
+def test_validation_is_always_the_same_and_ends(tmp_path, alone):
+    """Validation hands out every full sequence once, ends, and starts with the same tokens after reset and when opened anew."""
+    c4_like(tmp_path)
+    ids = expected(texts(30, seed=3))
+    stream, passes = data.open_data(str(tmp_path), BYTES, "val", 16), []
+    for _ in range(2):
+        passes.append([])
+        with pytest.raises(data.EndOfData):
+            while True:
+                passes[-1] += flat(stream.batch(4)[1])
+        with pytest.raises(data.EndOfData):
+            stream.batch(4)
+        stream.reset()
+    assert passes[0] == passes[1] == ids[1:(len(ids) - 1) // 16 * 16 + 1]
+    assert targets(data.open_data(str(tmp_path), BYTES, "val", 16), 1) == ids[1:33]
+
+
+@pytest.mark.parametrize("when", range(0, 90, 7))
+def test_resume_equals_unbroken(tmp_path, alone, when):
+    """A stream opened at a saved state goes on with exactly the tokens of the unbroken one, with another batch split and
+    number of processes, token files deleted meanwhile, over shard boundaries and the end of the data."""
+    c4_like(tmp_path, shards=4, documents=12)
+    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
+    targets(stream, when, sequences=4)
+    state = json.loads(json.dumps(stream.state_dict()))
+    want = targets(stream, 60, sequences=4)
+    for file in tmp_path.glob("*.tokens"):
+        file.unlink()
+    resumed = [data.open_data(str(tmp_path), BYTES, "train", 8, state=state) for _ in range(2)]
+    got = [flat(s.batch(2, rank, 2)[1]) for _ in range(60) for rank, s in enumerate(resumed)]
+    assert sum(got, []) == want
+    assert resumed[0].state_dict() == stream.state_dict()
+    later = data.open_data(str(tmp_path), BYTES, "train", 8)
+    later.load_state_dict(state)
+    assert targets(later, 120, sequences=2) == want
+
+
+def test_resume_needs_only_its_own_shard(tmp_path, alone):
+    """A stream opened at a state in the third shard tokenises that shard and no other."""
+    c4_like(tmp_path)
+    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
+    while stream.index < 2:
+        stream.batch(1)
+    for file in tmp_path.glob("*.tokens"):
+        file.unlink()
+    data.open_data(str(tmp_path), BYTES, "train", 8, state=stream.state_dict())
+    assert [file.name[:14] for file in tmp_path.glob("*.tokens")] == ["c4-train.00002"]
+
+
+def test_resume_from_other_data_is_refused(tmp_path, alone):
+    """A state of another tokenizer, of a shard that is not there, or of a shard since changed gives a sentence."""
+    c4_like(tmp_path)
+    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
+    state = stream.state_dict()
+    for change, word in [({"tokenizer": "gpt2"}, "gpt2"), ({"shard": "gone"}, "gone"), ({"shard_tokens": 5}, "had 5")]:
+        with pytest.raises(ValueError, match=word):
+            stream.load_state_dict(state | change)
+
+
+def test_held_out_share(tmp_path, alone, capsys):
+    """Without a validation file the last 1% of each shard's tokens is validation, the rest training, nothing in both,
+    nothing lost, and one line says so."""
+    ids = []
+    for i in range(2):
+        documents = texts(200, seed=i)
+        (tmp_path / f"part{i}.jsonl").write_bytes(gzip.decompress(json_gz(documents)))
+        ids.append(expected(documents))
+    cuts = [len(part) - len(part) // 100 for part in ids]
+    train = data.open_data(str(tmp_path), BYTES, "train", 4)
+    assert "last 1%" in capsys.readouterr().err
+    want = [id for part, cut in zip(ids, cuts) for id in part[:cut]]
+    assert targets(train, len(want) // 8 - 1) == want[1:len(want) // 8 * 8 - 7]
+    val = data.open_data(str(tmp_path), BYTES, "val", 1)
+    want = [id for part, cut in zip(ids, cuts) for id in part[cut:]]
+    assert targets(val, len(want) - 1, sequences=1) == want[1:]
+    with pytest.raises(data.EndOfData):
+        val.batch(1)
+
+
+def test_python_source(tmp_path):
+    """The standard library is there without a download, its two splits share no file, about one in 20 is validation."""
+    train, val = data.python_files("train"), data.python_files("val")
+    assert not set(train) & set(val) and 0.02 < len(val) / len(train) < 0.1
+    assert [f.stem for f in train] != sorted(f.stem for f in train)
+    stream = data.open_data("python", BYTES, "val", 64, data_dir=str(tmp_path))
+    source = b"".join(file.read_bytes() + b"\xff" for file in val)
+    windows = {bytes(w) for w in np.minimum(stream.tokens[: len(stream.tokens) // 1024 * 1024], 255).astype(np.uint8).reshape(-1, 1024)}
+    assert windows == {source[i : i + 1024] for i in range(0, len(source) - 1023, 1024)}  # all of it, shuffled by windows
+    assert bytes(np.minimum(stream.tokens[:1024], 255).astype(np.uint8)) != source[:1024]
+    stream.batch(4)
+    assert stream.bytes_per_token > 0.99
+
+
+def test_which_files_are_validation(tmp_path):
+    """`val` and `validation` as words in a name make it validation, `train` training; retrieval and interval are neither."""
+    for name in ["train-1.jsonl", "val.jsonl", "my_validation.txt", "retrieval.jsonl", "notes.md"]:
+        (tmp_path / name).write_text("x")
+    def names(split):
+        return [file.name for shard in data.find_shards(str(tmp_path), split, None, "{}")[0] for file in shard.files]
+    assert names("train") == ["train-1.jsonl"] and names("val") == ["val.jsonl", "my_validation.txt"]
+    (tmp_path / "train-1.jsonl").unlink()
+    assert names("train") == ["retrieval.jsonl"]
+
+
+# ---- files
+
+def test_stale_token_file_is_remade(tmp_path, alone):
+    """A source that changed, even to the same size, gets new tokens; the old file goes; an unchanged one is not tokenised twice."""
+    source = tmp_path / "a.txt"
+    source.write_text("old " * 20)
+    assert BYTES.decode(data.open_data(str(source), BYTES, "train", 4).batch(1)[0][0]) == "old "
+    (before,) = tmp_path.glob("*.tokens")
+    data.open_data(str(source), BYTES, "train", 4)
+    assert list(tmp_path.glob("*.tokens")) == [before]
+    source.write_text("new " * 20)
+    os.utime(source, ns=(1, before.stat().st_mtime_ns))
+    assert BYTES.decode(data.open_data(str(source), BYTES, "train", 4).batch(1)[0][0]) == "new "
+    (after,) = tmp_path.glob("*.tokens")
+    assert after != before and not list(tmp_path.glob("*.part"))
+
+
+SLOW = """
+import itertools, os, pathlib, sys, time
+import data
+good, path = data.get_tokenizer("bytes"), sys.argv[1]
+def encode(text):
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(0.02)
+    return good.encode(text)
+data.islice = lambda pieces, n: itertools.islice(pieces, 10)  # writes early
+data.open_data(path, data.Tokenizer("bytes", good.pieces, 256, encode), "train", 4)
+"""
+
+
+def slow_process(path):
+    """Tokenises `path` so slowly that it can be killed or waited for meanwhile; prints a line for each document."""
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(path)], cwd=Path(data.__file__).parent, text=True, stdout=subprocess.PIPE)
+
+
+def test_kill_while_tokenising(tmp_path, alone):
+    """A process killed while it writes tokens leaves no file that is taken as whole; the next one makes it right."""
+    documents = texts(300)
+    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(documents)))
+    with slow_process(tmp_path / "a.jsonl") as process:
+        for _ in range(100):
+            process.stdout.readline()
+        process.kill()
+    assert next(tmp_path.glob("*.part")).stat().st_size > 1000 and not list(tmp_path.glob("*.tokens"))
+    stream = data.open_data(str(tmp_path / "a.jsonl"), BYTES, "train", 4)
+    assert targets(stream, 200) == expected(documents)[1:1601] and not list(tmp_path.glob("*.part"))
+    assert np.fromfile(next(tmp_path.glob("*.tokens")), np.uint16).tolist() == expected(documents)
+
+
+def test_processes_share_the_work(tmp_path):
+    """Three processes that open the same text at once make its token file once, and all read it."""
+    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(texts(40))))
+    processes = [slow_process(tmp_path / "a.jsonl") for _ in range(3)]
+    printed = "".join(process.communicate()[0] for process in processes).split()
+    assert not any(process.returncode for process in processes)
+    assert len(printed) == 40 and len(set(printed)) == 1
+    assert len(list(tmp_path.glob("*.tokens"))) == 1 and not list(tmp_path.glob("*.part"))
+
+
+def test_next_shard_is_prepared_beside(tmp_path):
+    """While the first shard is read another process makes the second one's token file, and none after it."""
+    c4_like(tmp_path)
+    data.open_data(str(tmp_path), BYTES, "train", 16)
+    deadline = time.time() + 20
+    while not list(tmp_path.glob("c4-train.00001*.tokens")) and time.time() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob("c4-train.00001*.tokens")) and not list(tmp_path.glob("c4-train.00002*.tokens"))
+
+
+def test_keep_shards(tmp_path, alone):
+    """keep_shards=2 leaves the shard in use, the one before at its end, and no text of the user's is deleted."""
+    c4_like(tmp_path, shards=5)
+    stream = data.open_data(str(tmp_path), BYTES, "train", 16, keep_shards=2)
+    while stream.epoch == 0:
+        stream.batch(1)
+        assert len(list(tmp_path.glob("c4-train*.tokens"))) <= 2
+    assert len(list(tmp_path.glob("*.json.gz"))) == 6
+
+
+# ---- download
+
+class Server:
+    """Serves a folder under /NAME with Range; `trouble[name]` is a list of what to do to the next requests for it."""
+
+    def __init__(self, folder):
+        self.trouble, self.log, outer = {}, [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                name = self.path.strip("/")
+                kind = outer.trouble.get(name, [None]).pop(0) if outer.trouble.get(name) else None
+                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+                outer.log.append((name, kind, start))
+                if kind in (429, 503) or not (folder / name).exists():
+                    self.send_response(kind or 404)
+                    self.send_header("Retry-After", "0")
+                    return self.end_headers()
+                whole = (folder / name).read_bytes()
+                if start >= len(whole):
+                    self.send_response(416)
+                    return self.end_headers()
+                start = 0 if kind == "no range" else start
+                body = length = whole[start:]
+                if kind == "html":
+                    body = length = b"<!DOCTYPE html><html>log in</html>"
+                elif kind == "drop":
+                    body = body[:len(body) // 2]
+                elif kind == "long":
+                    length = body + b"123"
+                elif kind == "short":
+                    body = length = body[:-5]
+                elif kind == "corrupt":
+                    body = length = body[:200] + bytes(20) + body[220:]
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(length)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/{{}}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    server = Server(tmp_path / "served")
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_misbehaving_server(tmp_path, server, alone, monkeypatch, capsys):
+    """Dropped connections, 503, 429, wrong lengths, corrupt gzip, a web page with status 200 and a server without Range
+    leave the stream what it is without them; each trouble is told in one line."""
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    ids = expected(c4_like(tmp_path / "served", documents=300))
+    names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(3)]
+    server.trouble = {names[0]: ["drop", "drop", 503, None], names[1]: ["html", 429, "short", None],
+                      names[2]: ["corrupt", "long", None, "drop", "no range"]}  # the None is answered 416
+    troubles = {name: kinds[:] for name, kinds in server.trouble.items()}
+    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
+    assert stream.index == 2
+    for name, kinds in troubles.items():
+        assert [kind for n, kind, _ in server.log if n == name] == kinds  # no request more than needed
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "served" / name).read_bytes()
+    starts = [start for name, _, start in server.log if name == names[0]]
+    assert starts[0] == 0 < starts[1] < starts[2] == starts[3]  # went on, did not start again
+    assert capsys.readouterr().err.count("trying again") == len(waits) >= 9 and 0 in waits
+    assert not list((tmp_path / "here").glob("*.part"))
+
+
+def test_download_goes_on_after_a_start_that_was_stopped(tmp_path, server, alone, monkeypatch):
+    """A server that stays away ends in a sentence; what has come is kept, and the next start asks only for the rest."""
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    c4_like(tmp_path / "served", shards=1, documents=300)
+    name = "c4-train.00000-of-01024.json.gz"
+    server.trouble = {name: ["drop"] + [503] * 10}
+    def open_it():
+        return data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    with pytest.raises(ValueError, match="could not be downloaded .*503.*start again.*--data python"):
+        open_it()
+    assert not list((tmp_path / "here").glob("*.tokens"))
+    server.trouble, server.log = {}, []
+    open_it()
+    assert [start > 0 for n, _, start in server.log if n == name] == [True]
+
+
+def test_c4_deletes_what_keep_shards_does_not_keep(tmp_path, server, alone):
+    """With --data c4 and keep_shards the downloads go as well, and resuming in a shard that went fetches it again."""
+    c4_like(tmp_path / "served", shards=4)
+    here = tmp_path / "here"
+    options = dict(data_dir=str(here), data_url=server.url, keep_shards=2)
+    stream = data.open_data("c4", BYTES, "train", 16, **options)
+    state, first = stream.state_dict(), targets(stream, 3)
+    while stream.index < 3:
+        stream.batch(1)
+    assert sorted(file.name[:14] for file in here.glob("*.json.gz")) == ["c4-train.00003"]
+    assert targets(data.open_data("c4", BYTES, "train", 16, state=state, **options), 3) == first
+
+
+# ---- bad input
+
+GOOD = b'{"text": "hello"}\n'
+BAD = {
+    "missing": (None, "does not exist"),
+    "empty_file.jsonl": (b"", "empty_file.jsonl is empty"),
+    "empty_gz.json.gz": (gzip.compress(b""), "empty_gz.json.gz is empty"),
+    "empty_folder": ({}, "holds no training text"),
+    "other.csv": (b"a,b", "holds no training text"),
+    "no_gzip.json.gz": (GOOD, "no_gzip.json.gz, after line 0: damaged gzip"),
+    "cut.json.gz": (gzip.compress(b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(900) for i in range(999)))[:-9000],
+                    r"cut.json.gz, after line \d\d\d: damaged gzip"),
+    "bad_crc.json.gz": (gzip.compress(GOOD)[:-6] + b"123456", "bad_crc.json.gz, after line 1: damaged gzip"),
+    "no_json.jsonl": (GOOD * 2 + b"{oops\n" + GOOD, "no_json.jsonl, line 3: not json"),
+    "cut_line.jsonl": (GOOD * 2 + b'{"text": "hel', "cut_line.jsonl, line 3: not json"),
+    "no_text.jsonl": (GOOD + b'{"txt": "hello"}\n', 'no_text.jsonl, line 2: no "text"'),
+    "number.jsonl": (GOOD + b'{"text": 5}\n', 'number.jsonl, line 2: no "text"'),
+    "list.jsonl": (GOOD + b'["text"]\n', 'list.jsonl, line 2: no "text"'),
+    "latin.txt": (b"abc\n" * 99999 + "å".encode("latin1") + b"\n", "latin.txt, byte 399996: not UTF-8"),
+    "short.txt": (b"0123456789", "11 tokens, too few for one sequence of 64"),
+    "second_is_bad": ({"a.jsonl": GOOD * 2, "b.jsonl": b"{"}, "b.jsonl, line 1: not json"),
+    "only_val": ({"val.jsonl": GOOD * 99}, "holds no training text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(tmp_path, alone, name):
+    """Each wrong input is refused with one sentence that has the name and the line or byte, and no file is changed or left over."""
+    content, sentence = BAD[name]
+    if isinstance(content, dict):
+        (tmp_path / name).mkdir()
+        for file, inner in content.items():
+            (tmp_path / name / file).write_bytes(inner)
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match=sentence) as error:
+        data.open_data(str(tmp_path / name), BYTES, "train", 64)
+    assert "\n" not in str(error.value)
+    after = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and not f.name.startswith(("a.jsonl.", "short"))}
+    assert after == {f: b for f, b in before.items() if not f.name.startswith("short")}
+
+
+def test_disk_full_and_folder_not_writable(tmp_path, alone, monkeypatch):
+    """No room on disk and a data folder that cannot be made each give one sentence, and leave what was there."""
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="could not be made.*--data_dir"):
+        data.open_data(str(tmp_path / "a.txt"), BYTES, "train", 4, data_dir=str(tmp_path / "file" / "sub"))
+    if os.path.exists("/dev/full"):
+        monkeypatch.setattr(data.os, "fsync", lambda _: open("/dev/full", "wb", buffering=0).write(b"x"))
+        with pytest.raises(ValueError, match="No space left on device"):
+            data.open_data(str(tmp_path / "a.txt"), BYTES, "train", 4)
+    assert {f.name for f in tmp_path.iterdir()} == {"a.txt", "file"}
+
+
+def test_corrupt_local_shard_stops_when_it_is_needed(tmp_path, alone):
+    """A corrupt second shard lets the first be trained on to its end, then stops with its name and line; it is not skipped."""
+    c4_like(tmp_path, shards=3)
+    bad = tmp_path / "c4-train.00001-of-01024.json.gz"
+    bad.write_bytes(json_gz(texts(30, 1))[:-40])
+    stream = data.open_data(str(tmp_path), BYTES, "train", 16)
+    with pytest.raises(ValueError, match=r"c4-train.00001-of-01024.json.gz, after line \d+: damaged gzip"):
+        targets(stream, 10000)
+    assert stream.index == 0
+
+
+def test_wrong_names(monkeypatch, tmp_path, alone):
+    """An unknown tokenizer lists what there is, one that cannot be downloaded says how to bring it, a data_url needs its {}."""
+    with pytest.raises(ValueError, match="no tokenizer 'gpt9'; there are: bytes, gpt2"):
+        data.get_tokenizer("gpt9")
+    def refuse(name):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", refuse)
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*'bytes', which needs no file"):
+        data.get_tokenizer("gpt2")
+    with pytest.raises(ValueError, match="needs a {}"):
+        data.open_data("c4", BYTES, "train", 8, data_url="http://127.0.0.1/x", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="at least 2"):
+        data.open_data("c4", BYTES, "train", 8, keep_shards=1, data_dir=str(tmp_path))
+
+
+def test_command_line(tmp_path):
+    """`python data.py` prepares training and validation shards and prints tokens and tokens/s; a wrong path is one sentence."""
+    c4_like(tmp_path)
+    command = [sys.executable, data.__file__, "--tokenizer", "bytes"]
+    done = subprocess.run([*command, "--data", str(tmp_path), "--shards", "2"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(list(tmp_path.glob("*.tokens"))) == 3, done.stderr
+    assert done.stdout.count("tokens\n") == 3 and "M/s per core" in done.stderr
+    done = subprocess.run([*command, "--data", str(tmp_path / "gone")], capture_output=True, text=True)
+    assert done.returncode == 2 and "gone does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+# ----- train.py -----------------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).parent
+SHORT = ["--size", "toy", "--data", "python", "--eval_tokens", "1024", "--steps", "24", "--save_every", "4", "--eval_every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """The standard library, tokenised once for all runs."""
+    return str(tmp_path_factory.mktemp("tokens"))
+
+
+def start_training(folder, tokens, *options, command=None):
+    """train.py in a process of its own, in `folder`, on one thread (so that its bits are reproducible)."""
+    command = command or [sys.executable, str(HERE / "train.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([*command, *SHORT, "--data_dir", tokens, *options], cwd=folder, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def finished(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for_step(log, step, process):
+    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def log_of(folder):
+    """Steps, losses and learning rates; and the final validation loss."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["args"]["size"] == "toy" and lines[0]["versions"]["torch"] == torch.__version__
+    return lines[1:]
+
+
+def weights_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tokens):
+    """A whole short run of the documented command."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    output = finished(start_training(folder, tokens, "--galore", "--rank", "64", "--lr", "0.01"))
+    return folder / "out" / "toy-galore-r64", output
+
+
+def test_the_documented_command_learns(unbroken):
+    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log and checkpoint."""
+    folder, output = unbroken
+    for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "1,024 tokens", "perplexity", "bits a byte", "sample:\ndef "):
+        assert word in output
+    log = log_of(folder)
+    assert [line["step"] for line in log] == [*range(1, 25), 24]
+    assert log[0]["loss"] > 5 and log[-1]["val_loss"] < 3.7
+    assert math.isclose(log[-1]["bits_per_byte"], log[-1]["val_loss"] / math.log(2), rel_tol=0.01)  # a token is a byte
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_a_killed_run_resumed_equals_an_unbroken_one(tmp_path, tokens, unbroken, signal):
+    """Killed after step 10, or stopped by Ctrl-C (which saves and leaves with 0), and resumed: the same weights and log to the last bit."""
+    import signal as signals
+
+    process = start_training(tmp_path, tokens, "--galore", "--rank", "64", "--lr", "0.01")
+    out = tmp_path / "out" / "toy-galore-r64"
+    wait_for_step(out / "log.jsonl", 10, process)
+    process.send_signal(getattr(signals, signal))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == (0 if signal == "SIGINT" else -9), output
+    if signal == "SIGINT":
+        assert "python train.py --resume --out_dir out/toy-galore-r64" in output
+    finished(start_training(tmp_path, tokens, "--resume", "--out_dir", str(out)))
+    assert same(weights_of(out), weights_of(unbroken[0]))
+    assert log_of(out) == log_of(unbroken[0])
+
+
+def test_torchrun_equals_one_process(tmp_path, tokens, unbroken):
+    """Two processes under torchrun, with half the batch each, end at the weights of one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(HERE / "train.py")]
+    finished(start_training(tmp_path, tokens, "--galore", "--rank", "64", "--lr", "0.01", command=command))
+    ours, theirs = weights_of(tmp_path / "out" / "toy-galore-r64"), weights_of(unbroken[0])
+    assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) < 1e-4  # 24 steps at lr 0.01, of Adam's own rounding
+    losses = [[line["loss"] for line in log_of(f) if "loss" in line] for f in (tmp_path / "out" / "toy-galore-r64", unbroken[0])]
+    assert np.allclose(*losses, atol=1e-4)
+
+
+def run_here(monkeypatch, tmp_path, capsys, *options):
+    """train.main() in this process; returns what it printed, and its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    import signal as signals
+
+    before = [signals.getsignal(s) for s in (signals.SIGINT, signals.SIGTERM)]
+    try:
+        train.main()
+        code = 0
+    except SystemExit as leave:
+        code = leave.code
+    finally:
+        [signals.signal(s, handler) for s, handler in zip((signals.SIGINT, signals.SIGTERM), before)]
+    printed = capsys.readouterr()
+    return printed.out + printed.err, code
+
+
+WRONG = {
+    "--size 9b": "no size '9b'; there are toy, 60m",
+    "--rank 8": "--rank has no effect without --galore",
+    "--update_proj_gap 8": "--update_proj_gap has no effect",
+    "--galore_scale 1": "--galore_scale has no effect",
+    "--exact": "--exact has no effect",
+    "--galore --rank 0": "--rank 0 must be at least 1 and below 192",
+    "--galore --rank -4": "--rank -4 must",
+    "--galore --rank 192": "--rank 192 must be at least 1 and below 192",
+    "--galore --exact --layerwise": "leave one of the two out",
+    "--total_batch_size 9 --batch_size 2": "9 is not a multiple of --batch_size 2",
+    "--vocab_size 100": "smaller than that of tokenizer bytes, 257",
+    "--tokenizer klingon": "no tokenizer 'klingon'",
+    "--data nowhere": "does not exist",
+    "--data_url x{} --data python": "no effect with --data python",
+    "--steps 0": "--steps is 0",
+    "--grad_clipping -1": "--grad_clipping is -1.0",
+    "--warmup_steps 5000": "--warmup_steps 5000 must lie between 0 and --steps 600",
+    "--min_lr_ratio 2": "--min_lr_ratio 2.0 must lie",
+    "--weight_decay -1": "--weight_decay -1.0 must",
+    "--state_bits 4": "invalid choice",
+    "--frobnicate": "unrecognized arguments",
+    "--resume": "--resume needs --out_dir",
+    "--resume --out_dir empty": "empty holds no checkpoint.pt",
+    "--init nowhere": "does not exist: a Hugging Face checkpoint folder is needed",
+    "--init x --size toy": "leave --size and --vocab_size out",
+    "--size 7b --galore --rank 1024": "no GPU was found, and on a CPU this run would take about",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_arguments_get_one_sentence(options, monkeypatch, tmp_path, capsys):
+    """What cannot be honoured is refused in one line with exit code 2, before anything is written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options.split())
+    assert code == 2 and WRONG[options] in output and "Traceback" not in output
+    assert len(output.strip().splitlines()) == 2  # usage, sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_memory_names_what_would_fit(monkeypatch, tmp_path, capsys):
+    """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would fit."""
+    monkeypatch.setattr(train, "free_memory", lambda device: 20.5e9)
+    output, code = run_here(monkeypatch, tmp_path, capsys, *"--size 7b --galore --rank 1024 --dtype bfloat16 --device cpu --vocab_size 32000".split())
+    assert code == 2 and "this run needs about" in output and "has 20.5 GB free; with" in output and "it would fit" in output
+
+
+def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkeypatch, tmp_path, capsys):
+    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run code: each is refused."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("log.jsonl", "checkpoint.pt"):
+        (folder / name).write_bytes((unbroken[0] / name).read_bytes())
+    for options, words in (
+        (["--out_dir", folder, *SHORT], "holds a run already"),
+        (["--out_dir", folder, "--resume", "--size", "60m"], "has size toy, not 60m"),
+        (["--out_dir", folder, "--resume", "--rank", "32"], "has rank 64, not 32"),
+        (["--out_dir", folder, "--resume", "--vocab_size", "512"], "has vocab_size 320, not 512"),
+    ):
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options)
+        assert code == 2 and words in output
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")
+    assert code == 2 and "cut short" in output
+    torch.save({"step": Evil()}, folder / "checkpoint.pt")
+    Evil.ran.clear()
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")
+    assert code == 2 and "no checkpoint" in output and not Evil.ran
+    assert (folder / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(monkeypatch, tmp_path, capsys):
+    """If a checkpoint cannot be written, the one before stays whole, the user is told, and nothing half-written is left."""
+    path = tmp_path / "checkpoint.pt"
+    assert train.save(path, step=1, x=torch.ones(3))
+    before = path.read_bytes()
+
+    def full(what, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert not train.save(path, step=2, x=torch.ones(3))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert "step 2: the checkpoint could not be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("size", ["toy", "60m"])
+def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path, capsys):
+    """--plan's bytes of weights, P and moments are those of a real model and optimiser; its last line is the peak."""
+    options = ["--size", size, "--galore", "--rank", "64", "--state_bits", str(bits), "--vocab_size", "320", "--tokenizer", "bytes"]
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--plan", "--device", "cpu")
+    assert not code and output.strip().splitlines()[-1].startswith("peak ") and not list(tmp_path.iterdir())
+    args = train.arguments().parse_args([*options, "--device", "cpu"])
+    config = train.settle(args, None)
+    table = train.plan(config, args, 1)
+    model = Llama(config)
+    opt = GaLoreAdamW(param_groups(model, 64), state_bits=bits)
+    states = {p: opt.init(p) for p in opt.group}
+    matrices = [s for p, s in states.items() if "P" in s]
+    assert table["weights"] == sum(p.nbytes for p in model.parameters())
+    assert table["P"] == sum(s["P"].nbytes for s in matrices)
+    assert table["M, V of the matrices"] == sum(x.nbytes for s in matrices for k, x in s.items() if k != "P")
+    assert table["M, V of embedding, head, norms"] == sum(x.nbytes for s in states.values() if "P" not in s for x in s.values())
+
+
+def test_learning_rate_schedule():
+    """Linear to --lr over the warm-up, cosine to min_lr_ratio at the last step."""
+    args = SimpleNamespace(lr=1.0, warmup_steps=10, steps=110, min_lr_ratio=0.1)
+    rates = [train.learning_rate(step, args) for step in range(1, 111)]
+    assert np.allclose(rates[:10], np.arange(1, 11) / 10) and math.isclose(rates[59], 0.55) and math.isclose(rates[-1], 0.1)
+    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+
+
+def test_init_continues_from_a_hugging_face_folder(monkeypatch, tmp_path, capsys, tokens):
+    """--init DIR starts from the weights saved there: the first loss is theirs."""
+    torch.manual_seed(3)
+    start = Llama(Config(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    start.save_pretrained(tmp_path / "hf")
+    options = "--init hf --data python --galore --rank 8 --steps 2 --total_batch_size 4 --seq_len 64 --eval_tokens 256 --lr 1e-9 --device cpu".split()
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data_dir", tokens)
+    assert code == 0, output
+    x, y = data.open_data("python", BYTES, "train", 64, data_dir=tokens).batch(4)
+    assert math.isclose(log_of_any(tmp_path / "out" / "init-galore-r8")[1]["loss"], start(x, y).item(), rel_tol=1e-4)
+
+
+def log_of_any(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
+    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit moments."""
+    if "NANO_GALORE_DATA" not in os.environ:
+        pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
+    folder = Path(os.environ["NANO_GALORE_DATA"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
+    options = "--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 --eval_tokens 256 --dtype bfloat16 --state_bits 8 --device cpu"
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options.split(), "--data", folder / "c4", "--data_dir", tmp_path / "tokens")
+    assert code == 0 and "vocabulary 50,304" in output, output
+    losses = [line["loss"] for line in log_of_any(tmp_path / "out" / "60m-galore-r128-8bit") if "loss" in line]
+    assert len(losses) == 2 and all(10.5 < loss < 11.2 for loss in losses)
