@@ -1,5 +1,5 @@
 """
-Adam with 8-bit moments: blockwise dynamic quantisation of optimiser state, and the Adam step on it.
+Narrow storage for wide arithmetic: Adam on moments in 8-bit codes, and bf16 weights rounded stochastically.
 
 What is stored of a moment, for every block of 256 values, is one byte a value and one fp32 number a block:
     scale = max |x| over the block                                   (the "absmax")
@@ -141,3 +141,27 @@ def adam(G, state, beta1, beta2, eps, bias1, bias2, ok):
     N = M / bias1 / ((V / bias2).sqrt() + eps)
     new = store(M, V, "M_scale" in state)
     return torch.where(ok, N, 0.0), {name: torch.where(ok, x, state[name]) for name, x in new.items()}
+
+
+compiled = torch.compile(adam, fullgraph=True, dynamic=True)  # nothing is compiled before its first call
+
+
+def adam_(state, G, betas, eps, t, ok, compile=False) -> Tensor:
+    """`adam` at step t = 1, 2, ... with the moments in `state` replaced in place; returns N, the direction."""
+    bias = [torch.tensor(1 - beta**t) for beta in betas]
+    N, moments = (compiled if compile else adam)(G, state, *betas, eps, *bias, ok)
+    for name, x in moments.items():
+        state[name].copy_(x)
+    return N
+
+
+# ----- weights ------------------------------------------------------------------------------------------------------
+
+
+def write(w: Tensor, new: Tensor, random: torch.Generator | None) -> None:
+    """w <- new (fp32). With `random`, bf16 is rounded up or down by chance: updates below its precision survive on average
+    (stochastic rounding, as in Q-GaLore 2407.08296 and torchao's bf16_stochastic_round)."""
+    if w.dtype == torch.bfloat16 and random is not None:
+        noise = torch.randint(1 << 16, new.shape, dtype=torch.int32, device=w.device, generator=random)
+        new = new.view(torch.int32).add_(noise).bitwise_and_(-1 << 16).view(torch.float32)  # bf16 is fp32's upper half
+    w.copy_(new)

@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import adam, dequantise, load, pieces, store, zeros
+from adam8bit import adam_, dequantise, load, pieces, store, write, zeros
 
 SLICE = 1 << 24  # values of a weight that are updated at once
 
@@ -171,8 +171,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                  compile: bool = False, seed: int = 0):  # fmt: skip
         check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
         check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0 (None: no clipping).")
-        self.state_bits, self.max_norm, self.exact, self.seed = state_bits, max_norm, exact, seed
-        self.adam = torch.compile(adam, fullgraph=True, dynamic=True) if compile else adam
+        self.state_bits, self.max_norm, self.exact, self.compile, self.seed = state_bits, max_norm, exact, compile, seed
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
         self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
@@ -215,7 +214,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def collect(self, p: Tensor) -> Tensor:
         """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
-        state, R = self.init(p), self.leaf(p).grad
+        state, R = self.init(p), self.proxies.get(p, p).grad
         if "P" in state and p not in self.proxies:  # the plain way: what is there is G
             G = rows(R)
             if self.exact and self.due(p) and R.isfinite().all():
@@ -239,13 +238,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
         ok = R.sum(dtype=torch.float32).isfinite() if ok is None else ok
         self.bad = self.bad + ~ok
-        bias = [torch.tensor(1 - beta**t) for beta in group["betas"]]
 
-        def direction(G: Tensor, state: dict) -> Tensor:
-            N, moments = self.adam(G.float() * shrink, state, *group["betas"], group["eps"], *bias, ok)
-            for name, x in moments.items():
-                state[name].copy_(x)
-            return N
+        def direction(G: Tensor, moments: dict) -> Tensor:
+            return adam_(moments, G.float() * shrink, group["betas"], group["eps"], t, ok, self.compile)
 
         if P is None:
             parts = zip(p.view(-1).split(SLICE), R.reshape(-1).split(SLICE), pieces(state, SLICE))
@@ -255,9 +250,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
             size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
             slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
-        random = None if self.exact else self.random(p, t)
+        random, decay = None if self.exact else self.random(p, t), 1 - ok * (lr * group["weight_decay"])
         for w, N in slices:
-            write(w, w.float().mul_(1 - ok * (lr * group["weight_decay"])).add_(N, alpha=-lr), random)
+            write(w, w.float().mul_(decay).add_(N, alpha=-lr), random)
 
         if self.due(p) and not self.exact:
             state["P"], M, V = refresh(P, Y, load(state, "M"), load(state, "V"), ok)
@@ -267,7 +262,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         """Ends the step: moves every weight that has a gradient and was not moved during the backward pass."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        waiting = [p for p in self.group if self.leaf(p).grad is not None]
+        check(all(p.grad is None for p in self.proxies), "a thin weight has a .grad: it was used outside its nn.Linear, which thin cannot see.")
+        waiting = [p for p in self.group if self.proxies.get(p, p).grad is not None]
         collected, ok, shrink = map(self.collect, waiting), None, 1.0  # one at a time, as `move` asks for them ...
         if self.max_norm is not None:  # ... or all, to know their norm first
             collected = list(collected)
@@ -293,10 +289,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.arm()
 
     # The thin way: gradients arrive at proxies, and each weight moves when its last one has.
-
-    def leaf(self, p: Tensor) -> Tensor:
-        """Where autograd leaves what it has for p."""
-        return self.proxies.get(p, p)
 
     def arm(self) -> None:
         """Before a step: the linear layers get their weight's state, and proxies as wide as what is due."""
@@ -324,14 +316,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for proxy in self.proxies.values():
             proxy.grad = None
         self.passes.clear()
-
-
-def write(w: Tensor, new: Tensor, random: torch.Generator | None) -> None:
-    """w <- new (fp32). bf16 is rounded up or down at random, so that updates below its precision survive on average."""
-    if w.dtype == torch.bfloat16 and random is not None:
-        noise = torch.randint(1 << 16, new.shape, dtype=torch.int32, device=w.device, generator=random)
-        new = new.view(torch.int32).add_(noise).bitwise_and_(-1 << 16).view(torch.float32)
-    w.copy_(new)
 
 
 def check(fine: bool, otherwise: str) -> None:
@@ -369,7 +353,7 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1) -> None:
         ValueError: the optimiser has exact=True (its SVD needs the full gradient), or is thin already.
     """
     check(not opt.exact, "exact=True takes an SVD of the full gradient, which the thin way never forms: leave one of them out.")
-    check(opt.accumulate is None, "this optimiser is thin already.")
+    check(opt.accumulate is None and accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1; and an optimiser is made thin once only.")
     opt.accumulate = accumulate
     opt.modules = [m for m in model.modules() if type(m) is nn.Linear and opt.group.get(m.weight, {}).get("rank")]
     opt.arm()

@@ -414,7 +414,7 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
     kept, states = copy.deepcopy(model.state_dict()), copy.deepcopy({p: dict(s) for p, s in opt.state.items()})
     handle = model.layers[1].down.register_full_backward_hook(lambda *a: None)
     handle.remove()
-    spoil = opt.leaf(target).register_hook(lambda g: g.index_fill(1, torch.tensor([3]), bad))
+    spoil = opt.proxies.get(target, target).register_hook(lambda g: g.index_fill(1, torch.tensor([3]), bad))
     trained(way, 1, model=model, opt=opt, start=6)  # step 7: block 0 is due as well
     spoil.remove()
     after = model.state_dict()
@@ -492,8 +492,12 @@ def test_thin_refusals():
         thin(model, GaLoreAdamW(param_groups(model, 8), exact=True))
     opt = GaLoreAdamW(param_groups(model, 8))
     thin(model, opt)
-    with pytest.raises(ValueError, match="thin already"):
+    with pytest.raises(ValueError, match="once only"):
         thin(model, opt)
+    model.layers[0].up.weight.square().sum().backward()
+    with pytest.raises(ValueError, match="outside its nn.Linear"):
+        opt.step()
+    opt.zero_grad()
     with pytest.raises(RuntimeError, match="more than 1 times"):
         for _ in range(2):
             model(*batch(0)).backward()

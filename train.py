@@ -41,10 +41,10 @@ from model import CHUNK_LOGITS, SIZES, Config, Llama, read_config
 
 # Steps, rank and T of the paper (tables 2 and 5; 7B: section 5.2); 0.01 and 0.001 are its learning rates, 512 x 256 its batch.
 PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, update_proj_gap=200, galore_lr=0.01, full_lr=0.001,
-             eval_tokens=10_000_000, state_bits=32, prompt="The")  # fmt: skip
+             eval_tokens=10_000_000, state_bits=32)  # fmt: skip
 RECIPES = {
-    "toy": PAPER | dict(steps=600, rank=64, seq_len=128, total_batch_size=8, update_proj_gap=50, data="python", tokenizer="bytes",
-                        eval_tokens=65_536, prompt="def "),  # fmt: skip
+    "toy": PAPER | dict(steps=600, rank=64, seq_len=128, total_batch_size=8, update_proj_gap=50, galore_lr=0.005, data="python",
+                        tokenizer="bytes", eval_tokens=65_536),  # fmt: skip
     "60m": PAPER | dict(steps=10_000, rank=128),
     "130m": PAPER | dict(steps=20_000, rank=256),
     "350m": PAPER | dict(steps=60_000, rank=256),
@@ -85,7 +85,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not turned, all matrices at once; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments (default: 32; 7b: 8)")
     add("--layerwise", action=switch, help="each weight moves during the backward pass, full gradients are never formed (default: on)")
-    add("--lr", type=float, help="peak learning rate (default: 0.01 with GaLore, 7b 0.005; 0.001 without, from 1b on 0.0005)")
+    add("--lr", type=float, help="peak learning rate (default: 0.01 with GaLore, 7b and toy 0.005; 0.001 without, from 1b on 0.0005)")
     add("--warmup_steps", type=int, help="default: a tenth of the steps")
     add("--min_lr_ratio", type=float, help="the cosine ends at this share of --lr (default: 0.1)")
     add("--weight_decay", type=float, help="decoupled (default: 0)")
