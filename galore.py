@@ -73,8 +73,10 @@ def orthonormal(Y: Tensor) -> Tensor:
 def refresh(P: Tensor, Y: Tensor, M: Tensor, V: Tensor, ok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The basis after one warm power iteration, and the moments turned into it.
 
-    A trace of the old basis in Y keeps the old directions where the gradient has none (rank deficient, or zero), and bounds
-    the spread of the singular values. Nothing changes if `ok` is False or Y is not finite.
+    A trace of the old basis in Y keeps the old directions where the gradient has none (rank deficient, or zero): else the
+    last columns of P would be rounding noise, which Adam scales up to full size. It also bounds the spread of the singular
+    values. (1e-3 in place of 1e-6: toy, 600 steps, validation loss 1.849 against 1.874; and two runs that differ by rounding
+    alone, 1 micro-batch or 2, were 160 times closer after 24 steps.) Nothing changes if `ok` is False or Y is not finite.
 
     Args:
         P (m x r): old basis; Y (m x r): G M'; M, V (r x n, fp32): moments in the old basis; ok: 0-dim bool.
@@ -84,7 +86,7 @@ def refresh(P: Tensor, Y: Tensor, M: Tensor, V: Tensor, ok: Tensor) -> tuple[Ten
         (right for a variance if the entries of a column of R are uncorrelated; LDAdam 2410.16103).
     """
     old, Y = P.float(), Y.float()
-    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0) + 1e-6 * old
+    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0) + 1e-3 * old
     new = orthonormal(Y).to(P.dtype)
     S = new.float().T @ old
     ok = ok & S.sum().isfinite()
