@@ -125,7 +125,7 @@ def find_shards(data: str, split: str, data_dir: str | None, data_url: str) -> t
     if not path.exists():
         raise ValueError(f"data path {data} does not exist (other values of data: c4, python)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith((*JSON_LINES, ".txt"))]
+    files = [file for file in files if file.is_file() and file.name.endswith((*JSON_LINES, ".txt"))]
     val = [file for file in files if path.is_dir() and re.search("(?<![a-z])val(idation)?(?![a-z])", file.name.lower())]
     train = [file for file in files if file not in val]
     train = [file for file in train if "train" in file.name.lower()] or train
@@ -417,6 +417,9 @@ def main():
     parser.add_argument("--shards", type=int, default=1, help="how many training shards; the first validation shard comes with them")
     args = parser.parse_args()
     try:
+        if args.shards < 1:
+            raise ValueError(f"--shards is {args.shards}: at least 1")
+        find_shards(args.data, "train", args.data_dir, args.data_url)  # a wrong path is told before anything is fetched
         tokenizer = get_tokenizer(args.tokenizer)
         for split, count in [("train", args.shards), ("val", 1)]:
             shards, folder, _ = find_shards(args.data, split, args.data_dir, args.data_url)

@@ -110,15 +110,15 @@ class ThinLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, P, M, M_scale, proxy):
         ctx.input_side = W.shape[0] >= W.shape[1]
-        XP = x.flatten(0, -2) @ P if ctx.input_side else None
+        XP = x.reshape(-1, x.shape[-1]) @ P if ctx.input_side else None
         ctx.save_for_backward(None if ctx.input_side and M is None else x, XP, W, P, M, M_scale)
         return F.linear(x, W)
 
     @staticmethod
     def backward(ctx, grad):
         x, XP, W, P, M, M_scale = ctx.saved_tensors
-        D = grad.flatten(0, -2)
-        X = None if x is None else x.flatten(0, -2).to(D.dtype)  # the casts matter under autocast only
+        D = grad.reshape(-1, grad.shape[-1])
+        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # the casts matter under autocast only
         A, B = (X, D) if ctx.input_side else (D, X)
         AP = XP.to(D.dtype) if ctx.input_side else D @ P.to(D.dtype)
         R = AP.T @ B
@@ -131,7 +131,7 @@ class ThinModule(nn.Linear):
     """What `thin` makes of an nn.Linear: `galore` is the optimiser's state of the weight, `proxy` where its gradient goes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
         state, due = self.galore, self.proxy.shape[1] > max(self.weight.shape)
         M, M_scale = (state["M"], state.get("M_scale")) if due else (None, None)
@@ -147,14 +147,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     Group keys (those of galore-torch):
         rank: None for plain AdamW; else r, below the short side of every matrix of the group.
-        update_proj_gap: T, steps between refreshes of P (which is also refreshed in steps 1 to 4: it starts random).
+        update_proj_gap: T, steps between refreshes of P (it starts random, and is also refreshed in steps 2, 4, 6, 8: every other one, as
+            M needs a step in the new basis before it can point the way to the next).
         scale: alpha. offset: P is due in the steps t with t = offset (mod T), so that groups can take turns.
 
     Args:
         params: parameters or groups, e.g. from `param_groups`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's (decay is decoupled, and not projected).
         state_bits: 32, or 8 for moments in blockwise 8-bit codes (adam8bit.py).
-        max_norm: clip the global norm of what is averaged and stepped on, the R (and plain gradients), to this.
+        max_norm: clip the global norm of all R (and of the gradients that are not projected) to this; it is `norm` after a
+            step, and below the norm of the full gradients.
         exact: the paper and its code to the letter: P from an SVD of G before G is projected, in steps 1, T + 1, ...,
             moments not turned, nearest rounding. Plain way only.
         compile: fuse the Adam step with torch.compile.
@@ -162,7 +164,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     The weights may be bf16 without an fp32 copy: they are rounded stochastically. If torch.distributed is initialised, R is
     averaged over the processes. A step whose gradient (with max_norm: global norm) is not finite leaves the weight (all
-    weights), moments and basis as they are, and counts in `skipped`, the number of steps in which that happened.
+    weights), its moments and, unless exact, its basis as they are, and counts in `skipped`, the number of such steps.
+    The step t is counted by group: parameters that join later belong in a group of their own.
 
     Raises:
         ValueError: a rank, gap, projection type, state_bits or max_norm that cannot be honoured.
@@ -211,23 +214,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Is P refreshed in the step under way?"""
         group = self.group[p]
         t, T = group["t"] + 1, group["update_proj_gap"]
-        on_time = (t - 1) % T == 0 if self.exact else t <= 4 or t % T == group["offset"] % T
+        on_time = (t - 1) % T == 0 if self.exact else t in (2, 4, 6, 8) or t % T == group["offset"] % T
         return group["rank"] is not None and on_time
 
     def collect(self, p: Tensor) -> Tensor:
         """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
         state, R = self.init(p), self.proxies.get(p, p).grad
         if "P" in state and p not in self.proxies:  # the plain way: what is there is G
-            G = rows(R)
+            G = rows(average(R) if self.exact else R)
             if self.exact and self.due(p) and R.isfinite().all():
                 U, _, Vh = torch.linalg.svd(R.float(), full_matrices=False)  # of G as it came, for the reference code's signs
                 state["P"] = (U if G is R else Vh.T)[:, : self.group[p]["rank"]].to(p.dtype)
             R = state["P"].T @ G
             if self.due(p) and not self.exact:
                 R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
-        if dist.is_initialized():
-            dist.all_reduce(R.div_(dist.get_world_size()))
-        return R
+        return average(R)
 
     def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor | float = 1.0) -> None:
         """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
@@ -238,7 +239,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         P, lr, t = state.get("P"), group["lr"], group["t"] + 1
         if P is not None:
             R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
-        ok = R.sum(dtype=torch.float32).isfinite() if ok is None else ok
+        ok = torch.linalg.vector_norm(R, dtype=torch.float32).isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
         def direction(G: Tensor, moments: dict) -> Tensor:
@@ -252,9 +253,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
             A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
             size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
             slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
-        random, decay = None if self.exact else self.random(p, t), 1 - ok * (lr * group["weight_decay"])
+        random = None if self.exact else self.random(p, t)
         for w, N in slices:
-            write(w, w.float().mul_(decay).add_(N, alpha=-lr), random)
+            new = w.float()  # w itself if w is fp32
+            if group["weight_decay"]:
+                new.mul_(1 - ok * (lr * group["weight_decay"]))
+            write(w, new.add_(N, alpha=-lr), random)
 
         if self.due(p) and not self.exact:
             state["P"], M, V = refresh(P, Y, load(state, "M"), load(state, "V"), ok)
@@ -264,7 +268,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         """Ends the step: moves every weight that has a gradient and was not moved during the backward pass."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        check(all(p.grad is None for p in self.proxies), "a thin weight has a .grad: it was used outside its nn.Linear, which thin cannot see.")
+        check(all(p.grad is None for p in self.proxies), "a thin weight has a .grad: "
+              "it was used outside its nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
         waiting = [p for p in self.group if self.proxies.get(p, p).grad is not None]
         collected, ok, shrink = map(self.collect, waiting), None, 1.0  # one at a time, as `move` asks for them ...
         if self.max_norm is not None:  # ... or all, to know their norm first
@@ -320,6 +325,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.passes.clear()
 
 
+def average(x: Tensor) -> Tensor:
+    """x, in place, averaged over the processes if there are several."""
+    if dist.is_initialized():
+        dist.all_reduce(x.div_(dist.get_world_size()))
+    return x
+
+
 def check(fine: bool, otherwise: str) -> None:
     if not fine:
         raise ValueError(otherwise)
@@ -349,17 +361,26 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1) -> None:
 
     From here on a step is `accumulate` backward passes and one opt.step(); projected weights have no .grad. The last backward
     pass moves each weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected parameter
-    that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way.
+    that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. Biases and norms do, too.
+
+    As the projected weights have no .grad: clip with max_norm (torch's clip_grad_norm_ would find nothing), clear with
+    opt.zero_grad() (not the model's), move and cast the model before this call, no GradScaler, no DDP around the model (start
+    every process from the same weights; R is averaged here), and checkpointing only with use_reentrant=False. A copy of a thin
+    model computes, but does not train.
 
     Raises:
-        ValueError: the optimiser has exact=True (its SVD needs the full gradient), or is thin already.
+        ValueError: the optimiser has exact=True (its SVD needs the full gradient), model or optimiser is thin already, or they
+            do not belong together.
     """
     check(not opt.exact, "exact=True takes an SVD of the full gradient, which the thin way never forms: leave one of them out.")
-    check(opt.accumulate is None and accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1; and an optimiser is made thin once only.")
-    opt.accumulate = accumulate
-    opt.modules = [m for m in model.modules() if type(m) is nn.Linear and opt.group.get(m.weight, {}).get("rank")]
+    check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
+    check(opt.accumulate is None and not any(isinstance(m, ThinModule) for m in model.modules()),
+          "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
+    modules = [m for m in model.modules() if type(m) is nn.Linear and opt.group.get(m.weight, {}).get("rank")]
+    check(len(modules) or not any(g["rank"] for g in opt.param_groups), "the optimiser holds no weight of this model's linear layers.")
+    opt.accumulate, opt.modules = accumulate, [m for m in modules if m.weight.requires_grad]
     opt.arm()
     for module in opt.modules:
         module.__class__ = ThinModule
-    for p in opt.group.keys() - opt.proxies.keys():
+    for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(partial(opt.arrived, p))

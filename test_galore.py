@@ -164,12 +164,12 @@ def test_turning_the_moments():
 
 
 def test_power_iteration_finds_the_subspace():
-    """On a gradient with a rank-r part and noise, the warm iterations of steps 1 to 4 capture what its SVD does, to 1%."""
+    """On a gradient with a rank-r part and noise, the warm iterations of steps 2 to 8 capture what its SVD does, to 1%."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(64, 96))
     signal = torch.randn(64, 8) @ torch.randn(8, 96)
     opt = GaLoreAdamW([dict(params=[p], rank=8)])
-    for _ in range(5):
+    for _ in range(9):
         p.grad = signal + torch.randn(64, 96)
         opt.step()
     P, best = opt.state[p]["P"], torch.linalg.svdvals(signal)[:8].norm()
@@ -212,12 +212,12 @@ def test_without_rank_is_adamw():
 def test_identity_basis_is_adamw(shape):
     """GaLore with P = I, r = m and alpha = 1 is torch.optim.AdamW."""
     ps, qs = parameters(shape), parameters(shape)
-    opt = GaLoreAdamW([dict(params=ps, rank=1, scale=1.0, t=4)], lr=0.01, weight_decay=0.1)  # t=4: past the first refreshes
+    opt = GaLoreAdamW([dict(params=ps, rank=1, scale=1.0, t=8)], lr=0.01, weight_decay=0.1)  # t=8: past the first refreshes
     opt.state[ps[0]] = {"P": torch.eye(16), "M": torch.zeros(16, max(shape)), "V": torch.zeros(16, max(shape))}
     twin = torch.optim.AdamW(qs, lr=0.01, weight_decay=0.1)
     qs[0].grad = torch.zeros(shape)
     twin.step()
-    twin.state[qs[0]]["step"].fill_(4), qs[0].data.copy_(ps[0])
+    twin.state[qs[0]]["step"].fill_(8), qs[0].data.copy_(ps[0])
     walk([opt, twin], [ps, qs], 20)
     assert apart(ps, qs) < 1e-6
 
@@ -360,9 +360,9 @@ def test_no_full_gradient_is_ever_made():
     watch = Watch()
 
     def step(way):
-        model, opt = trained(way, steps=4)
+        model, opt = trained(way, steps=5)
         watch.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        for i in range(4, 8):  # step 7 is due for block 0
+        for i in range(5, 8):  # steps 6 and 8 are due for all, 7 for block 0
             with watch:
                 trained(way, 1, model=model, opt=opt, start=i)
 
@@ -383,7 +383,7 @@ def test_a_proxy_owns_one_number():
 
 
 def test_a_refresh_turns_the_blocks_one_after_the_other():
-    """After steps 1 to 4, block i is due in steps i T / L (mod T) alone."""
+    """After step 8, block i is due in steps i T / L (mod T) alone."""
     changes = {}
 
     def between(step, model, opt):
@@ -391,16 +391,16 @@ def test_a_refresh_turns_the_blocks_one_after_the_other():
         changes[step] = [opt.state[w]["P"].clone() for w in now] if opt.state else None
 
     trained("thin", steps=17, between=between)
-    due = {step: [not torch.equal(a, b) for a, b in zip(changes[step], changes[step + 1])] for step in range(4, 16)}
+    due = {step: [not torch.equal(a, b) for a, b in zip(changes[step], changes[step + 1])] for step in range(7, 16)}
     # the hook has moved the weights of step s (counted from 0) before `between` sees them: what differs after is step s + 2's
-    assert {step + 2 for step, d in due.items() if d[0]} == {7, 14}
+    assert {step + 2 for step, d in due.items() if d[0]} == {14}
     assert {step + 2 for step, d in due.items() if d[1]} == {9, 16}
     assert {step + 2 for step, d in due.items() if d[2]} == {11}
 
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])  # the last is finite, but its square is not
 def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
     """With NaN or infinity in one weight's gradient, that weight, its moments and basis stay (all weights', if a norm is known
     first); the step is counted; training goes on."""
@@ -492,8 +492,12 @@ def test_thin_refusals():
         thin(model, GaLoreAdamW(param_groups(model, 8), exact=True))
     opt = GaLoreAdamW(param_groups(model, 8))
     thin(model, opt)
-    with pytest.raises(ValueError, match="once only"):
+    with pytest.raises(ValueError, match="made thin once"):
         thin(model, opt)
+    with pytest.raises(ValueError, match="made thin once"):
+        thin(model, GaLoreAdamW(param_groups(model, 8)))
+    with pytest.raises(ValueError, match="no weight of this model"):
+        thin(Net(), GaLoreAdamW(param_groups(Net(), 8)))
     model.layers[0].up.weight.square().sum().backward()
     with pytest.raises(ValueError, match="outside its nn.Linear"):
         opt.step()
@@ -542,8 +546,8 @@ def two_processes(rank, file, way, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Net()
-    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, max_norm=0.5 if way == "clip" else None)
-    if way != "plain":
+    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, max_norm=0.5 if way == "clip" else None, exact=way == "exact")
+    if way in ("thin", "clip"):
         thin(model, opt, accumulate=2)
     for step in range(20):
         x, y = (t.chunk(2)[rank] for t in batch(step))
@@ -555,15 +559,16 @@ def two_processes(rank, file, way, results):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", ["thin", "clip"])
+@pytest.mark.parametrize("way", ["thin", "clip", "plain", "exact"])
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path, way):
     """Two gloo processes, which exchange R and Y alone, end at the weights of one process with both their batches."""
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(two_processes, (tmp_path / "meet", way, results), nprocs=2)
-        one, _ = trained("thin", 20, max_norm=0.5 if way == "clip" else None)
+        one, _ = trained("plain", 20, max_norm=0.5 if way == "clip" else None, exact=way == "exact")
         assert apart(results[0], results[1]) == 0
-        assert apart(results[0], list(one.parameters())) < 1e-5
+        if way != "exact":  # the signs of an SVD hang on rounding, and exact keeps the moments when they flip
+            assert apart(results[0], list(one.parameters())) < 1e-5
 
 
 # ----- model.py ---------------------------------------------------------------------------------------------------------
@@ -1628,6 +1633,11 @@ WRONG = {
     "--tokenizer klingon": "no tokenizer 'klingon'",
     "--data nowhere": "does not exist",
     "--data_url x{} --data python": "no effect with --data python",
+    "--data_url x{}": "no effect with --data python",  # which is the toy's default
+    "--device gpu": "--device gpu is not there",
+    "--lr inf": "--lr is inf",
+    "--seed -1": "--seed -1 must",
+    "--sample=": "--sample is empty",
     "--steps 0": "--steps is 0",
     "--grad_clipping -1": "--grad_clipping is -1.0",
     "--warmup_steps 5000": "--warmup_steps 5000 must lie between 0 and --steps 600",
@@ -1670,6 +1680,9 @@ def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkey
         (["--out_dir", folder, *SHORT], "holds a run already"),
         (["--out_dir", folder, "--resume", "--size", "60m"], "has size toy, not 60m"),
         (["--out_dir", folder, "--resume", "--rank", "32"], "has rank 64, not 32"),
+        (["--out_dir", folder, "--resume", "--steps", "20"], "has taken 24 steps already"),
+        (["--out_dir", folder, "--resume", "--init", "x"], "has init None, not x"),
+        (["--out_dir", folder / "log.jsonl" / "x", "--size", "toy"], "cannot be written"),
         (["--out_dir", folder, "--resume", "--vocab_size", "512"], "has vocab_size 320, not 512"),
     ):
         output, code = run_here(monkeypatch, tmp_path, capsys, *options)
@@ -1678,6 +1691,8 @@ def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkey
     (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     output, code = run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")
     assert code == 2 and "cut short" in output
+    torch.save({}, folder / "checkpoint.pt")
+    assert run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")[1] == 2
     torch.save({"step": Evil()}, folder / "checkpoint.pt")
     Evil.ran.clear()
     output, code = run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")

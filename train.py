@@ -55,7 +55,7 @@ RECIPES = {
     "mobilellm-350m": PAPER | dict(steps=60_000, rank=256),
 }
 RECIPES["init"] = PAPER | dict(steps=1000, rank=128)  # --init: whatever its shape
-FIXED = ("size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "exact", "state_bits", "dtype", "seed")  # not on resume
+FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "exact", "state_bits", "dtype", "seed")  # not on resume
 PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets it
 N_VOCAB = {"gpt2": 50257, "bytes": 257}  # so that --plan needs no download
@@ -120,6 +120,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
             raise ValueError(f"the run in {args.out_dir} has {k} {old}, not {a[k]}: that cannot change; take another --out_dir")
         elif a[k] != old:
             tell(f"{k} was {old} and is {a[k]} from here on")
+    if checkpoint and "total_batch_size" in given and "batch_size" not in given:
+        args.batch_size = None  # was chosen for another total
     refuse(args.init and not checkpoint and (args.size or args.vocab_size), "--init brings its shape and vocabulary along: leave --size and --vocab_size out")
     args.size = args.size or ("init" if args.init else "toy")
     refuse(args.size not in RECIPES, f"there is no size {args.size!r}; there are {', '.join(SIZES)}")
@@ -127,7 +129,6 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     for k in ("rank", "update_proj_gap", "galore_scale", "exact"):
         refuse(a[k] and not args.galore, f"--{k} has no effect without --galore")
     refuse(args.exact and args.layerwise, "--exact takes an SVD of full gradients, which --layerwise never forms: leave one of the two out")
-    refuse(args.data_url not in (None, C4_URL) and args.data not in (None, "c4"), f"--data_url says where C4 is, and has no effect with --data {args.data}")
 
     def default(**values):
         for k, v in values.items():
@@ -135,7 +136,10 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
 
     default(galore=False, exact=False, seed=0, steps=recipe["steps"], data=recipe["data"], seq_len=recipe["seq_len"], data_url=C4_URL, keep_shards=0,
             device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
-    gpu = args.device.startswith("cuda")
+    refuse(args.data_url != C4_URL and args.data != "c4", f"--data_url says where C4 is, and has no effect with --data {args.data}")
+    kind, gpu = args.device.split(":")[0], args.device.startswith("cuda")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    refuse(not there.get(kind), f"--device {args.device} is not there: torch sees {', '.join(k for k in there if there[k])} here")
     default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
             weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"], activation_checkpointing=False,
             dtype="bfloat16" if gpu and args.size != "toy" else "float32", compile=gpu and compiler(args.device),
@@ -146,11 +150,13 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
 
     for k in ("steps", "seq_len", "total_batch_size", "batch_size", "eval_every", "eval_tokens", "save_every", "update_proj_gap", "lr",
               "galore_scale", "grad_clipping", "vocab_size"):  # fmt: skip
-        refuse(a[k] is not None and not a[k] > 0, f"--{k} is {a[k]}, but must be above zero")
+        refuse(a[k] is not None and not 0 < a[k] < math.inf, f"--{k} is {a[k]}, but must be above zero, and finite")
     refuse(not 0 <= args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} must lie between 0 and --steps {args.steps}")
     refuse(not 0 <= args.min_lr_ratio <= 1, f"--min_lr_ratio {args.min_lr_ratio} must lie between 0 and 1")
-    refuse(args.weight_decay < 0, f"--weight_decay {args.weight_decay} must not be below 0")
-    refuse(gpu and not torch.cuda.is_available(), f"--device {args.device}: there is no GPU here, or torch was installed without CUDA")
+    refuse(not 0 <= args.weight_decay < math.inf, f"--weight_decay {args.weight_decay} must be 0 or more, and finite")
+    refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed} must lie between 0 and 2^63 - 1")
+    refuse(not args.sample, "--sample is empty: give it at least one letter to begin with")
+    refuse(checkpoint and args.steps < checkpoint["step"], f"the run has taken {checkpoint and checkpoint['step']} steps already, more than --steps {args.steps}")
     refuse(args.compile and not compiler(args.device), "--compile needs a compiler (triton on a GPU, g++ on a CPU) and there is none: leave it out")
 
     if checkpoint:
@@ -306,7 +312,8 @@ def read_checkpoint(folder: str | None) -> dict:
     path = Path(folder) / "checkpoint.pt"
     refuse(not path.exists(), f"{folder} holds no checkpoint.pt to resume from: leave --resume out to start there")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint | {"args": dict(checkpoint["args"]), "step": int(checkpoint["step"])}
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): it was cut short, or is no checkpoint") from None
 
@@ -319,19 +326,34 @@ def choose_out_dir(args: argparse.Namespace) -> None:
         args.out_dir = next(f"out/{n}" for n in names if not Path("out", n, "log.jsonl").exists())
     refuse(not args.resume and RANK == 0 and Path(args.out_dir, "log.jsonl").exists(),
            f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir")  # fmt: skip
+    refuse(not writable(Path(args.out_dir)), f"--out_dir {args.out_dir} cannot be written: take another")
 
 
-def open_log(args: argparse.Namespace, start: int, parameters: int):
-    """log.jsonl with the lines up to step `start`, open for more; the first says what this run is."""
-    path, gpu = Path(args.out_dir, "log.jsonl"), args.device.startswith("cuda")
+def writable(folder: Path) -> bool:
+    """Could files be written to the folder, or could it be made? (Nothing is made yet.)"""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def open_log(args: argparse.Namespace, checkpoint: dict | None, parameters: int):
+    """log.jsonl, open for more: at first, and where a resumed run has other arguments, a line with all of them; and of the old
+    lines those up to the checkpoint."""
+    path, start, lines = Path(args.out_dir, "log.jsonl"), checkpoint["step"] if checkpoint else 0, []
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if gpu else None)
-    lines = [json.dumps(dict(args=vars(args), versions=versions, parameters=parameters)) + "\n"]
-    if start:  # a last line that a crash cut short has no line end
+    if start and path.exists():  # a last line that a crash cut short has no line end
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line).get("step", 0) <= start]
+    if not lines or kept(args) != checkpoint["args"]:
+        gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+        versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu)
+        lines.append(json.dumps(dict(args=vars(args), versions=versions, parameters=parameters) | ({"step": start} if start else {})) + "\n")
     path.with_suffix(".part").write_text("".join(lines))
     path.with_suffix(".part").replace(path)
     return open(path, "a", buffering=1)
+
+
+def kept(args: argparse.Namespace) -> dict:
+    return {k: v for k, v in vars(args).items() if k not in PER_START}
 
 
 # ----- training -----------------------------------------------------------------------------------------------------
@@ -358,7 +380,7 @@ def evaluate(model: Llama, val, args: argparse.Namespace) -> dict:
         total += model(x.to(args.device), y.to(args.device)).double() * y.numel()
         count += y.numel()
     loss = float(total) / count
-    return dict(val_loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
+    return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
 
 
 def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, tokenizer, stream, val) -> None:
@@ -393,13 +415,13 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
          f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {config.vocab_size:,}")  # fmt: skip
     show_plan(config, args)
 
-    log = open_log(args, start, n) if RANK == 0 else open(os.devnull, "w")
+    log = open_log(args, checkpoint, n) if RANK == 0 else open(os.devnull, "w")
     path = Path(args.out_dir, "checkpoint.pt")
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one ends the run after this step, a second one at once
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, disable=RANK != 0 or not sys.stderr.isatty())
-    pending, since = [], time.perf_counter()  # losses stay on the device until they are shown: no wait for it in a step
+    scores, pending, since = None, [], time.perf_counter()  # losses stay on the device until they are shown: no wait for it in a step
     for step in range(start + 1, args.steps + 1):
         lr = learning_rate(step, args)
         for group in opt.param_groups:
@@ -417,8 +439,8 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
         pending.append((step, total, lr))
         bar.update()
 
-        saving = stop or step == args.steps or step % args.save_every == 0
-        if saving or step % 10 == 0:
+        last = stop or step == args.steps
+        if last or step % 10 == 0 or step % args.save_every == 0:
             losses = torch.stack([loss for _, loss, _ in pending]).tolist()
             for (k, _, rate), loss in zip(pending, losses):
                 log.write(json.dumps(dict(step=k, tokens=k * step_tokens, loss=loss, lr=rate)) + "\n")
@@ -426,28 +448,29 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
             status = f"loss {losses[-1]:.3f}, {len(pending) * step_tokens / (time.perf_counter() - since):,.0f} tokens/s, {memory / 1e9:.2f} GB"
             status += f", {int(opt.skipped)} steps skipped: gradient not finite" * bool(opt.skipped)
             bar.set_postfix_str(status)
-            if bar.disable and (saving or step % (args.steps // 20 or 1) == 0):
+            if bar.disable and (last or step % max(10, args.steps // 200 * 10) == 0):
                 tell(f"step {step}/{args.steps}: {status}")
             pending, since = [], time.perf_counter()
-        if saving and RANK == 0:
-            save(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=stream.state_dict(), config=asdict(config),
-                 args={k: v for k, v in vars(args).items() if k not in PER_START}, random=torch.get_rng_state())  # fmt: skip
-        if stop:
-            bar.close()
-            return tell(f"stopped after step {step}; to go on: python train.py --resume --out_dir {args.out_dir}")
-        if step % args.eval_every == 0 and step < args.steps:
+        if step % args.eval_every == 0 or step == args.steps:  # before saving: a log that ends with the checkpoint lacks nothing
             scores = evaluate(model, val, args)
             log.write(json.dumps(dict(step=step, **scores)) + "\n")
             tell(f"step {step}: validation loss {scores['val_loss']:.4f}")
             since = time.perf_counter()
+        if (last or step % args.save_every == 0) and RANK == 0:
+            save(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=stream.state_dict(), config=asdict(config),
+                 args=kept(args), random=torch.get_rng_state())  # fmt: skip
+        if stop:
+            bar.close()
+            return tell(f"stopped after step {step}; to go on: python train.py --resume --out_dir {args.out_dir}")
     bar.close()
 
-    scores = evaluate(model, val, args)
-    log.write(json.dumps(dict(step=args.steps, **scores)) + "\n")
+    scores = scores or evaluate(model, val, args)  # a run that was finished already is evaluated again
     tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
-    prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()], device=device)
-    text = model.generate(prompt, 400, temperature=0.7, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
-    tell(f"sample:\n{tokenizer.decode(text[0].tolist())}\nlog: {log.name}   checkpoint: {path}")
+    if math.isfinite(scores["val_loss"]):
+        prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()], device=device)
+        text = model.generate(prompt, 400, temperature=0.7, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
+        tell(f"sample:\n{tokenizer.decode(text[0].tolist())}")
+    tell(f"log: {log.name}   checkpoint: {path}")
 
 
 def main() -> None:
@@ -483,4 +506,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step; from there on Ctrl-C saves
+        sys.exit("interrupted")

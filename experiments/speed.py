@@ -12,7 +12,7 @@ Three tables, on the matrices of the 60M model (q, k, v, o; gate, up, down of 8 
 
 All contestants of a table run in one process and take turns, a step each per round, in alternating order, so that what else the
 machine does hits all alike. A time is the median over rounds; a ratio is the median of the rounds' ratios. Everything stands in
-its steady state: past step 4, moments filled, compiled. Weight decay is 0 throughout (peers skip it then, ours does not).
+its steady state: past step 4, moments filled, compiled. Weight decay is 0 throughout.
 
 Left out on purpose: GPUs (their figures need a script with synchronisation and memory), quality (see the training runs).
 """
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.json", help="where the figures go")
     args = parser.parse_args()
     if args.quick:
+        args.out = args.out.with_name("speed-quick.json")
         args.size, args.layers, args.batch_size, args.rounds, args.train_rounds, args.svd_rounds = "toy", 1, 2, 3, 2, 1
     args.update_proj_gap = DUE + 1  # T
     config = llama.Config(vocab_size=32000, **{**llama.SIZES[args.size], **({"num_hidden_layers": args.layers} if args.layers else {})})
