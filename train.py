@@ -68,7 +68,7 @@ def arguments() -> argparse.ArgumentParser:
     # model
     add("--size", help=f"one of {', '.join(SIZES)} (default: toy)")
     add("--init", metavar="DIR", help="start from a Hugging Face LLaMA folder instead of random weights; takes the place of --size")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights, gradients and activations (default: bfloat16 on a GPU, but for toy)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights, gradients and activations (default: bfloat16 on a GPU and for --plan, but for toy)")
     # data
     add("--data", help="c4, python (this machine's standard library), or a file or folder of json lines or text (default: c4; toy: python)")
     add("--data_dir", help="where downloads and token files go (default: beside the text, or ./data)")
@@ -142,7 +142,7 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     refuse(not there.get(kind), f"--device {args.device} is not there: torch sees {', '.join(k for k in there if there[k])} here")
     default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
             weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"], activation_checkpointing=False,
-            dtype="bfloat16" if gpu and args.size != "toy" else "float32", compile=gpu and compiler(args.device),
+            dtype="bfloat16" if args.size != "toy" and (gpu or args.plan) else "float32", compile=gpu and compiler(args.device),
             tokenizer="bytes" if args.data == "python" else recipe["tokenizer"], sample="def " if args.data == "python" else "The",
             warmup_steps=args.steps // 10, eval_every=max(1, args.steps // 5), save_every=min(max(1, args.steps // 10), 1000))  # fmt: skip
     if args.galore:
@@ -467,9 +467,10 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
     scores = scores or evaluate(model, val, args)  # a run that was finished already is evaluated again
     tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
     if math.isfinite(scores["val_loss"]):
-        prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()], device=device)
-        text = model.generate(prompt, 400, temperature=0.7, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
-        tell(f"sample:\n{tokenizer.decode(text[0].tolist())}")
+        prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()] * 3, device=device)
+        length = max(16, min(200, args.seq_len - prompt.size(1)))  # beyond the positions seen in training text falls apart
+        texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
+        tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
     tell(f"log: {log.name}   checkpoint: {path}")
 
 
