@@ -31,7 +31,7 @@ References: GaLore, arXiv 2403.03507 (algorithms 1, 2; `exact=True` is the paper
 and moments that turn with it: LDAdam, arXiv 2410.16103; shifted Cholesky-QR: Fukaya et al., arXiv 1809.11085; Adam 1412.6980, AdamW 1711.05101.
 
 Left out on purpose: other sides than the short one, the two-sided P'GQ (its Q would need a second power iteration and a second
-accumulator, and half of this file again, to save what 8 bits save already), closures in thin mode.
+accumulator, and half of this file again, to save what 8 bits save already).
 """
 
 import re

@@ -165,7 +165,7 @@ def test_turning_the_moments():
 
 def test_power_iteration_finds_the_subspace():
     """On a gradient with a rank-r part and noise, the warm iterations of steps 2 to 8 capture what its SVD does, to 1%."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # not the seed of the first P
     p = nn.Parameter(torch.zeros(64, 96))
     signal = torch.randn(64, 8) @ torch.randn(8, 96)
     opt = GaLoreAdamW([dict(params=[p], rank=8)])
@@ -1509,7 +1509,7 @@ def test_command_line(tmp_path):
 # ----- train.py -----------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
-SHORT = ["--size", "toy", "--data", "python", "--eval_tokens", "1024", "--steps", "24", "--save_every", "4", "--eval_every", "1000"]
+SHORT = ["--size", "toy", "--data", "python", "--eval_tokens", "1024", "--steps", "24", "--seq_len", "64", "--save_every", "4", "--eval_every", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -1564,7 +1564,7 @@ def unbroken(tmp_path_factory, tokens):
 def test_the_documented_command_learns(unbroken):
     """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log and checkpoint."""
     folder, output = unbroken
-    for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "1,024 tokens", "perplexity", "bits a byte", "sample:\ndef "):
+    for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "512 tokens", "perplexity", "bits a byte", "sample:\ndef "):
         assert word in output
     log = log_of(folder)
     assert [line["step"] for line in log] == [*range(1, 25), 24]
@@ -1766,7 +1766,7 @@ def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
         pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
     folder = Path(os.environ["NANO_GALORE_DATA"])
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
-    options = "--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 --eval_tokens 256 --dtype bfloat16 --state_bits 8 --device cpu"
+    options = "--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 --eval_tokens 256 --dtype bfloat16 --state_bits 8 --device cpu --seq_len 64"
     output, code = run_here(monkeypatch, tmp_path, capsys, *options.split(), "--data", folder / "c4", "--data_dir", tmp_path / "tokens")
     assert code == 0 and "vocabulary 50,304" in output, output
     losses = [line["loss"] for line in log_of_any(tmp_path / "out" / "60m-galore-r128-8bit") if "loss" in line]
