@@ -256,6 +256,8 @@ def test_stochastic_rounding_is_unbiased():
     opt.step()
     assert set(ps[0].tolist()) == {1.0, 1 - 2**-8}
     assert abs(1 - ps[0].float().mean().item() - 1e-3) < 5e-5
+    draws = {tuple(torch.rand(4, generator=opt.random(ps[0], t)).tolist()) for t in (1, 2, 2, 3)}
+    assert len(draws) == 3  # by step; the same for the same step
 
 
 def test_wrong_groups_are_refused():
@@ -505,6 +507,16 @@ def test_thin_refusals():
     with pytest.raises(RuntimeError, match="more than 1 times"):
         for _ in range(2):
             model(*batch(0)).backward()
+
+
+def test_zero_grad_drops_what_has_accumulated():
+    """Half a step's micro-batches, thrown away by opt.zero_grad(), leave no trace in the next step."""
+    one, _ = trained("thin", 2, micro=2)
+    two, opt = trained("thin", 1, micro=2)
+    (1e3 * two(*batch(5))).backward()
+    opt.zero_grad()
+    trained("thin", 1, micro=2, model=two, opt=opt, start=1)
+    assert weights_apart(one, two) == 0
 
 
 def test_shared_layer_is_one_weight():
