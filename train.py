@@ -5,7 +5,7 @@ Pre-train a LLaMA, with GaLore or without.
     python train.py --size 60m --galore --rank 128 --data DIR             # C4 shards in DIR, or your own text
     python train.py --size 7b --galore --rank 1024                        # C4, downloaded as it goes; one 24 GB GPU
     python train.py --size 7b --galore --rank 1024 --plan                 # what that takes, without taking it
-    torchrun --nproc_per_node=2 train.py --size 1b --galore --rank 512    # two GPUs: only rank-r gradients are exchanged
+    torchrun --nproc_per_node=2 train.py --size 1b --galore --rank 512    # two processes, which exchange rank-r gradients
 
 Without --galore the same loop is full-rank AdamW, and with --state_bits 8, 8-bit Adam. What is not given comes from the
 paper's recipe for the size (GaLore, arXiv 2403.03507, table 5 and section 5), and is printed before anything starts.
