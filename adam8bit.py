@@ -1,10 +1,10 @@
 """
 Narrow storage for wide arithmetic: Adam on moments in 8-bit codes, and bf16 weights rounded stochastically.
 
-What is stored of a moment, for every block of 256 values, is one byte a value and one fp32 number a block:
+What is stored of a moment (or of GaLore's basis P), for every block of 256 values, is one byte a value and one fp32 number a block:
     scale = max |x| over the block                                   (the "absmax")
     code  = index of the value of `qmap` nearest to x / scale        (256 values, denser towards zero)
-so x is restored as qmap[code] * scale. M takes the signed map; V, which is never negative, the unsigned one.
+so x is restored as qmap[code] * scale. M and P take the signed map; V, which is never negative, the unsigned one.
 Arithmetic is fp32 throughout; only what is kept between two steps is narrow: 2.03 bytes a parameter in place of 8.
 
 The map is Dettmers' dynamic data type: seven decades from 1 down to 1e-7, each finer by half than the one above,
@@ -17,11 +17,14 @@ Left out on purpose: stable embedding layers, percentile clipping, paged memory,
 2048 make up for the first two (as bitsandbytes and torchao do today).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
+SLICE = 1 << 22  # values that are updated at once: what a step takes beside the state is a few times 17 MB
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
 
 
@@ -98,58 +101,67 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
     return (qmap[blocks(codes).int()] * scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
 
 
-# ----- moments as the optimiser keeps them: {"M": ..., "V": ...} fp32, or codes, with {"M_scale": ..., "V_scale": ...} ---
+# ----- state as the optimiser keeps it: {"M": ..., "V": ...} fp32, or codes, with {"M_scale": ..., "V_scale": ...} -----
+
+
+def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict[str, Tensor]:
+    """State `name` ("M", "V" or "P") before it is first kept: in `dtype`, or in codes, from 4096 values on."""
+    if not in_8_bits or (n := math.prod(shape)) < SMALLEST:
+        return {name: torch.zeros(shape, dtype=dtype, device=device)}
+    return {name: torch.zeros(shape, dtype=torch.uint8, device=device), name + "_scale": torch.zeros(-(-n // BLOCK), device=device)}
 
 
 def load(state: dict[str, Tensor], name: str) -> Tensor:
-    """Moment "M" or "V" in fp32."""
-    return dequantise(state[name], state.get(name + "_scale"), signed=name == "M")
+    """State `name` in fp32, or as it is if it is not in codes."""
+    return dequantise(state[name], state.get(name + "_scale"), signed=name != "V")
 
 
-def store(M: Tensor, V: Tensor, in_8_bits: bool) -> dict[str, Tensor]:
-    if not in_8_bits:
-        return {"M": M, "V": V}
-    (M, M_scale), (V, V_scale) = quantise(M, True), quantise(V, False)
-    return {"M": M, "M_scale": M_scale, "V": V, "V_scale": V_scale}
+def narrow(state: dict[str, Tensor], name: str, x: Tensor) -> dict[str, Tensor]:
+    """x in the form in which `state` has `name`."""
+    if name + "_scale" not in state:
+        return {name: x.to(state[name].dtype)}
+    return dict(zip((name, name + "_scale"), quantise(x, name != "V")))
 
 
-def zeros(shape: tuple[int, ...], bits: int, device: torch.device) -> dict[str, Tensor]:
-    """The moments before the first step; in 8 bits only from 4096 values on."""
-    M, V = torch.zeros(2, *shape, device=device)
-    return store(M.clone(), V.clone(), bits == 8 and M.numel() >= SMALLEST)
+def pieces(state: dict[str, Tensor], names: str) -> list[dict[str, Tensor]]:
+    """Views of what is named (as "MV"), SLICE flattened values each, so that it can be updated a piece at a time."""
+    views = {key: x.view(-1).split(SLICE // BLOCK if key.endswith("scale") else SLICE) for key, x in state.items() if key[0] in names}
+    return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
-def pieces(state: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Views of the moments, `size` flattened values each (a multiple of 256), so that they can be updated a piece at a time."""
-    views = [x.view(-1).split(size // BLOCK if name.endswith("scale") else size) for name, x in state.items()]
-    return [dict(zip(state, parts)) for parts in zip(*views)]
+def keep(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
+    """Replaces state `name` by x, in place, where the 0-dim bool `ok` is True: else it stays to the last bit."""
+    for part, x in zip(pieces(state, name), x.reshape(-1).split(SLICE)):
+        for key, new in narrow(part, name, x).items():
+            part[key].copy_(torch.where(ok, new, part[key]))
 
 
-def adam(G, state, beta1, beta2, eps, bias1, bias2, ok):
+def adam(G, state, beta1, beta2, eps, bias1, bias2, shrink, ok):
     """One step of Adam's moments: a pure function, so that it can be compiled to a single pass over memory.
 
     Args:
-        G: gradient, fp32, any shape; state: holds its moments.
+        G: gradient, any shape and dtype, to be multiplied by `shrink`; state: holds its moments.
         bias1, bias2: 1 - beta^t as 0-dim tensors (a number that changes every step would be compiled in).
         ok: 0-dim bool; where it is False the moments stay and the direction is zero.
 
     Returns:
         N = M_hat / (sqrt(V_hat) + eps), fp32 (Adam, arXiv 1412.6980, algorithm 1), and the new moments.
     """
+    G = G.float() * shrink
     M = torch.lerp(load(state, "M"), G, 1 - beta1)
     V = load(state, "V") * beta2 + G * G * (1 - beta2)
     N = M / bias1 / ((V / bias2).sqrt() + eps)
-    new = store(M, V, "M_scale" in state)
+    new = narrow(state, "M", M) | narrow(state, "V", V)
     return torch.where(ok, N, 0.0), {name: torch.where(ok, x, state[name]) for name, x in new.items()}
 
 
 compiled = torch.compile(adam, fullgraph=True, dynamic=True)  # nothing is compiled before its first call
 
 
-def adam_(state, G, betas, eps, t, ok, compile=False) -> Tensor:
+def adam_(G, state, betas, eps, t, shrink, ok, compile=False) -> Tensor:
     """`adam` at step t = 1, 2, ... with the moments in `state` replaced in place; returns N, the direction."""
     bias = [torch.tensor(1 - beta**t) for beta in betas]
-    N, moments = (compiled if compile else adam)(G, state, *betas, eps, *bias, ok)
+    N, moments = (compiled if compile else adam)(G, state, *betas, eps, *bias, shrink, ok)
     for name, x in moments.items():
         state[name].copy_(x)
     return N

@@ -42,9 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import adam_, dequantise, load, pieces, store, write, zeros
-
-SLICE = 1 << 24  # values of a weight that are updated at once
+from adam8bit import SLICE, adam_, dequantise, keep, load, pieces, write, zeros
 
 
 # ----- the subspace -------------------------------------------------------------------------------------------------
@@ -70,34 +68,35 @@ def orthonormal(Y: Tensor) -> Tensor:
     return Y
 
 
-def refresh(P: Tensor, Y: Tensor, M: Tensor, V: Tensor, ok: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The basis after one warm power iteration, and the moments turned into it.
+def refresh(state: dict[str, Tensor], Y: Tensor, ok: Tensor) -> None:
+    """P of `state` becomes the basis after one warm power iteration, in place, and its moments M and V turn with it.
 
     A trace of the old basis in Y keeps the old directions where the gradient has none (rank deficient, or zero): else the
     last columns of P would be rounding noise, which Adam scales up to full size. It also bounds the spread of the singular
     values. (1e-3 in place of 1e-6: toy, 600 steps, validation loss 1.849 against 1.874; and two runs that differ by rounding
     alone, 1 micro-batch or 2, were 160 times closer after 24 steps.) Nothing changes if `ok` is False or Y is not finite.
 
-    Args:
-        P (m x r): old basis; Y (m x r): G M'; M, V (r x n, fp32): moments in the old basis; ok: 0-dim bool.
+    With S = P_new' P_old: M <- S M, and V <- (S o S) V, which stays >= 0 (right for a variance if the entries of a column of
+    R are uncorrelated; LDAdam 2410.16103).
 
-    Returns:
-        P in its dtype, M and V. With S = P_new' P_old: M <- S M, and V <- (S o S) V, which stays >= 0
-        (right for a variance if the entries of a column of R are uncorrelated; LDAdam 2410.16103).
+    Args:
+        state: P (m x r), M and V (r x n), in the old basis; Y (m x r): G M'; ok: 0-dim bool.
     """
-    old, Y = P.float(), Y.float()
+    old, Y = load(state, "P").float(), Y.float()
     Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0) + 1e-3 * old
-    new = orthonormal(Y).to(P.dtype)
-    S = new.float().T @ old
+    new = orthonormal(Y)
+    S = new.T @ old
     ok = ok & S.sum().isfinite()
-    return torch.where(ok, new, P), torch.where(ok, S @ M, M), torch.where(ok, (S * S) @ V, V)
+    keep(state, "P", new, ok)
+    keep(state, "M", S @ load(state, "M"), ok)
+    keep(state, "V", (S * S) @ load(state, "V"), ok)
 
 
 # ----- the gradient that is never formed ----------------------------------------------------------------------------
 
 
 class ThinLinear(torch.autograd.Function):
-    """x W', whose backward gives R as the gradient of a proxy, and nothing for W.
+    """Stands beside y = x W', and gives R as the gradient of a proxy; `Tap` brings it the gradient of y.
 
     With D (tokens x out) the gradient at the output and X (tokens x in) the input, G = D'X, or X'D as `rows` sees it:
     G = A'B. So R = P'G = (A P)'B: 2 r (m + n) operations a token in place of 2 m n + (2 r m n once).
@@ -105,26 +104,41 @@ class ThinLinear(torch.autograd.Function):
 
     In a step in which P is due, M is given, and Y' = M G' = (B M')'A comes along: the proxy's gradient is [R | Y'],
     r x (n + m). M stands still during a step, so Y, like R, is linear in G and may be summed over micro-batches and processes.
+
+    Why not one function with the product in it: this one saves what it needs before the product, so that checkpointing,
+    which repeats a block only until the last saved tensor, does not repeat the block's last product.
     """
 
     @staticmethod
-    def forward(ctx, x, W, P, M, M_scale, proxy):
-        ctx.input_side = W.shape[0] >= W.shape[1]
-        XP = x.reshape(-1, x.shape[-1]) @ P if ctx.input_side else None
-        ctx.save_for_backward(None if ctx.input_side and M is None else x, XP, W, P, M, M_scale)
-        return F.linear(x, W)
+    def forward(ctx, x, proxy, out: int, input_side: bool, checkpointed: bool, P, P_scale, M, M_scale):
+        ctx.input_side = input_side
+        XP = x.flatten(0, -2) @ dequantise(P, P_scale, True).to(x.dtype) if input_side and not checkpointed else None
+        ctx.save_for_backward(x if XP is None or M is not None else None, XP, P, P_scale, M, M_scale)
+        return x.new_zeros(1).expand(*x.shape[:-1], out)  # owns one number
 
     @staticmethod
-    def backward(ctx, grad):
-        x, XP, W, P, M, M_scale = ctx.saved_tensors
-        D = grad.reshape(-1, grad.shape[-1])
-        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # the casts matter under autocast only
+    def backward(ctx, D):
+        x, XP, P, P_scale, M, M_scale = ctx.saved_tensors
+        D = D.flatten(0, -2)
+        X = None if x is None else x.flatten(0, -2).to(D.dtype)  # the casts matter under autocast only
         A, B = (X, D) if ctx.input_side else (D, X)
-        AP = XP.to(D.dtype) if ctx.input_side else D @ P.to(D.dtype)
+        AP = A @ dequantise(P, P_scale, True).to(D.dtype) if XP is None else XP.to(D.dtype)
         R = AP.T @ B
         if M is not None:
             R = torch.cat([R, (B @ dequantise(M, M_scale, True).to(D.dtype).T).T @ A], 1)
-        return grad @ W.to(D.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None, R
+        return None, R, *[None] * 7
+
+
+class Tap(torch.autograd.Function):
+    """y as it is, whose gradient goes to `link` as well."""
+
+    @staticmethod
+    def forward(ctx, y, link):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, D):
+        return D, D
 
 
 class ThinModule(nn.Linear):
@@ -133,10 +147,10 @@ class ThinModule(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
-        state, due = self.galore, self.proxy.shape[1] > max(self.weight.shape)
-        M, M_scale = (state["M"], state.get("M_scale")) if due else (None, None)
-        y = ThinLinear.apply(x, self.weight, state["P"], M, M_scale, self.proxy)
-        return y if self.bias is None else y + self.bias
+        (out, into), state = self.weight.shape, self.galore
+        names = ("P", "P_scale", "M", "M_scale") if self.proxy.shape[1] > max(out, into) else ("P", "P_scale", "", "")
+        link = ThinLinear.apply(x, self.proxy, out, out >= into, self.checkpointed, *map(state.get, names))
+        return Tap.apply(F.linear(x, self.weight.detach(), self.bias), link)
 
 
 # ----- the optimiser ------------------------------------------------------------------------------------------------
@@ -147,18 +161,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     Group keys (those of galore-torch):
         rank: None for plain AdamW; else r, below the short side of every matrix of the group.
-        update_proj_gap: T, steps between refreshes of P (it starts random, and is also refreshed in steps 2, 4, 6, 8: every other one, as
-            M needs a step in the new basis before it can point the way to the next).
-        scale: alpha. offset: P is due in the steps t with t = offset (mod T), so that groups can take turns.
+        update_proj_gap: T, steps between refreshes of P. It starts random, and is refreshed four times early on, every `turns`
+            steps (at least 2, as M needs a step in the new basis before it can point the way to the next).
+        scale: alpha. offset: P is due in the steps t with t = offset (mod T, or turns), so that groups can take turns.
 
     Args:
         params: parameters or groups, e.g. from `param_groups`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's (decay is decoupled, and not projected).
-        state_bits: 32, or 8 for moments in blockwise 8-bit codes (adam8bit.py).
+        state_bits: 32, or 8 for moments and P in blockwise 8-bit codes (adam8bit.py).
         max_norm: clip the global norm of all R (and of the gradients that are not projected) to this; it is `norm` after a
             step, and below the norm of the full gradients.
         exact: the paper and its code to the letter: P from an SVD of G before G is projected, in steps 1, T + 1, ...,
-            moments not turned, nearest rounding. Plain way only.
+            moments not turned, P never in 8 bits, nearest rounding. Plain way only.
         compile: fuse the Adam step with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
 
@@ -180,7 +194,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
         self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
-                                      update_proj_gap=200, offset=0, proj_type="std", t=0))  # fmt: skip
+                                      update_proj_gap=200, offset=0, turns=2, proj_type="std", t=0))  # fmt: skip
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -201,21 +215,26 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return torch.Generator(p.device).manual_seed(mixed % 2**32)
 
     def init(self, p: Tensor) -> dict:
-        """The state of p, made when first asked for: P (m x r, in p's dtype), M and V (r x n, or p's shape)."""
-        state, shape, rank = self.state[p], p.shape, self.group[p]["rank"]
+        """The state of p, made when first asked for: P (m x r, in p's dtype or codes), M and V (r x n, or p's shape)."""
+        state, shape, rank, small = self.state[p], p.shape, self.group[p]["rank"], self.state_bits == 8
         if not state:
             if rank is not None:
                 shape = (rank, max(p.shape))
-                state["P"] = orthonormal(torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)).to(p.dtype)
-            state.update(zeros(shape, self.state_bits, p.device))
+                state.update(zeros("P", (min(p.shape), rank), p.dtype, small and not self.exact, p.device))
+                start = torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)
+                keep(state, "P", orthonormal(start), torch.ones_like(start[0, 0], dtype=torch.bool))
+            for name in "MV":
+                state.update(zeros(name, shape, torch.float32, small, p.device))
         return state
 
     def due(self, p: Tensor) -> bool:
         """Is P refreshed in the step under way?"""
         group = self.group[p]
-        t, T = group["t"] + 1, group["update_proj_gap"]
-        on_time = (t - 1) % T == 0 if self.exact else t in (2, 4, 6, 8) or t % T == group["offset"] % T
-        return group["rank"] is not None and on_time
+        t, T, turns = group["t"] + 1, group["update_proj_gap"], group["turns"]
+        if group["rank"] is None or self.exact:
+            return group["rank"] is not None and (t - 1) % T == 0
+        gap = T if t > 4 * turns + 1 else min(T, turns)
+        return t > 1 and t % gap == group["offset"] % gap
 
     def collect(self, p: Tensor) -> Tensor:
         """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
@@ -225,7 +244,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if self.exact and self.due(p) and R.isfinite().all():
                 U, _, Vh = torch.linalg.svd(R.float(), full_matrices=False)  # of G as it came, for the reference code's signs
                 state["P"] = (U if G is R else Vh.T)[:, : self.group[p]["rank"]].to(p.dtype)
-            R = state["P"].T @ G
+            R = load(state, "P").to(G.dtype).T @ G
             if self.due(p) and not self.exact:
                 R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
         return average(R)
@@ -233,26 +252,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor | float = 1.0) -> None:
         """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
 
-        The weight moves in slices, at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
+        All in slices, a weight in at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
         """
         state, group = self.state[p], self.group[p]
-        P, lr, t = state.get("P"), group["lr"], group["t"] + 1
-        if P is not None:
-            R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
+        lr, t, n = group["lr"], group["t"] + 1, max(p.shape)
+        if "P" in state:
+            R, Y = R[:, :n], R[:, n:].T
         ok = torch.linalg.vector_norm(R, dtype=torch.float32).isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
-        def direction(G: Tensor, moments: dict) -> Tensor:
-            return adam_(moments, G.float() * shrink, group["betas"], group["eps"], t, ok, self.compile)
-
-        if P is None:
-            parts = zip(p.view(-1).split(SLICE), R.reshape(-1).split(SLICE), pieces(state, SLICE))
-            slices = ((w, direction(g, moments)) for w, g, moments in parts)
-        else:
-            N = direction(R, state).to(P.dtype) * group["scale"]
+        N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
+             for g, moments in zip(R.reshape(-1).split(SLICE), pieces(state, "MV")))  # fmt: skip
+        if "P" in state:
+            P = load(state, "P").to(p.dtype)
+            N = torch.cat([part.to(p.dtype) for part in N]).view(R.shape).mul_(group["scale"])
             A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
             size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
             slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
+        else:
+            slices = zip(p.view(-1).split(SLICE), N)
         random = None if self.exact else self.random(p, t)
         for w, N in slices:
             new = w.float()  # w itself if w is fp32
@@ -261,8 +279,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             write(w, new.add_(N, alpha=-lr), random)
 
         if self.due(p) and not self.exact:
-            state["P"], M, V = refresh(P, Y, load(state, "M"), load(state, "V"), ok)
-            state.update(store(M, V, "M_scale" in state))
+            refresh(state, Y, ok)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -339,7 +356,7 @@ def check(fine: bool, otherwise: str) -> None:
 
 def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale: float = 0.25) -> list[dict]:
     """Groups for GaLoreAdamW: the linear layers inside the model's blocks (attention and MLP matrices) get the rank, a group
-    per block, which refresh in turn (block i of L at offset i T / L); embedding, head, norms and biases get none.
+    per block, which refresh in turn, one a step; embedding, head, norms and biases get none.
 
     Raises:
         ValueError: no nn.Linear stands in a numbered block.
@@ -351,17 +368,20 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         if p.requires_grad:
             (blocks.setdefault(int(block[1]), []) if block and p in linear else rest).append(p)
     check(len(blocks), "no nn.Linear stands in a numbered block (as model.layers.0): make groups by hand, with the key 'rank'.")
-    common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale)
-    groups = [dict(params=ps, offset=i * update_proj_gap // len(blocks), **common) for i, ps in enumerate(blocks.values())]
+    common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, turns=max(2, len(blocks)))
+    groups = [dict(params=ps, offset=i, **common) for i, ps in enumerate(blocks.values())]
     return [*groups, dict(params=rest)]
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1) -> None:
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False) -> None:
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass (layer-wise).
 
     From here on a step is `accumulate` backward passes and one opt.step(); projected weights have no .grad. The last backward
     pass moves each weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected parameter
     that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. Biases and norms do, too.
+
+    checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is saved then, and X P
+    multiplied in the backward pass alone: in a forward pass that saves nothing it would be made in vain.
 
     As the projected weights have no .grad: clip with max_norm (torch's clip_grad_norm_ would find nothing), clear with
     opt.zero_grad() (not the model's), move and cast the model before this call, no GradScaler, no DDP around the model (start
@@ -381,6 +401,6 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1) -> None:
     opt.accumulate, opt.modules = accumulate, [m for m in modules if m.weight.requires_grad]
     opt.arm()
     for module in opt.modules:
-        module.__class__ = ThinModule
+        module.__class__, module.checkpointed = ThinModule, checkpointed
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(partial(opt.arrived, p))

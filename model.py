@@ -80,11 +80,27 @@ SIZES: dict[str, dict] = {  # Config(vocab_size=..., **SIZES[name])
 # ---------------------------------------------------------------------------------------------------------------------
 # The block
 
+class Normalise(torch.autograd.Function):
+    """weight * x / rms(x), which keeps x and nothing else (autograd would keep two or three more of its size)."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)    # (B, T, 1)
+        rstd = (norm.square() / x.size(-1) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return weight * (x * rstd).type_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, D: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        unit, G = x * rstd, (D * weight).float()                                         # (B, T, C) in fp32
+        dx = (G - unit * (G * unit).mean(-1, keepdim=True)) * rstd
+        return dx.type_as(x), (D * unit.type_as(x)).flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        # F.rms_norm keeps three fp32 copies of x for its backward where it has no fused kernel; this keeps x and its result
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)    # (B, T, 1)
-        return self.weight * (x * (norm.square() / x.size(-1) + self.eps).rsqrt()).type_as(x)
+        return Normalise.apply(x, self.weight, self.eps)
 
 
 def rope(start: int, end: int, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,6 +143,20 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                        # (B, T, C)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps these two (autograd would keep silu(gate), too)."""
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, D: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(D * up, gate), F.silu(gate).mul_(D)
+
+
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -135,7 +165,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -146,7 +176,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, recompute: bool = False) -> Tensor:
+        if recompute:    # in here, not around the block: so a compiled block, too, repeats only what its backward pass needs
+            return checkpoint(self.forward, x, cos, sin, use_reentrant=False, preserve_rng_state=False)    # nothing is random
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -246,10 +278,7 @@ class Llama(nn.Module):
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         x = self.model.embed_tokens(tokens)
         for block, kv in zip(self.model.layers, repeat(None) if cache is None else cache):
-            if recompute:    # there is no dropout, so no random state to restore
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin, kv)
+            x = block(x, cos, sin, kv, recompute)
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -383,18 +383,42 @@ def evaluate(model: Llama, val, args: argparse.Namespace) -> dict:
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
 
 
-def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, tokenizer, stream, val) -> None:
-    device, config = torch.device(args.device), model.config
-    accumulate, step_tokens = args.total_batch_size // (args.batch_size * world()), args.total_batch_size * args.seq_len
+def prepare(model: Llama, args: argparse.Namespace) -> galore.GaLoreAdamW:
+    """The optimiser, and the model made ready for it, as the arguments say."""
     model.activation_checkpointing = args.activation_checkpointing
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else model.parameters()
     opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping,
                              exact=args.exact, compile=args.compile, seed=args.seed)  # fmt: skip
     if args.layerwise:
-        galore.thin(model, opt, accumulate)
+        galore.thin(model, opt, accumulation(args), args.activation_checkpointing)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
+    return opt
+
+
+def accumulation(args: argparse.Namespace) -> int:
+    """Micro-batches a step, in each process."""
+    return args.total_batch_size // (args.batch_size * world())
+
+
+def training_step(model: Llama, opt: galore.GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
+    """A step on `accumulate` micro-batches (x, y); their mean loss, which stays on the device: nothing here waits for it."""
+    device, total = model.lm_head.weight.device, 0.0
+    for _ in range(accumulate):
+        x, y = next(batches)
+        loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / accumulate
+        loss.backward()
+        total += loss.detach()
+    opt.step()
+    opt.zero_grad()
+    return total
+
+
+def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, tokenizer, stream, val) -> None:
+    device, config, opt = torch.device(args.device), model.config, prepare(model, args)
+    accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
+    batches = iter(lambda: stream.batch(args.batch_size, RANK, world()), None)
     start = 0
     if checkpoint:
         options = [{k: v for k, v in group.items() if k not in ("params", "t")} for group in opt.param_groups]
@@ -426,14 +450,7 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
         lr = learning_rate(step, args)
         for group in opt.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=device)
-        for _ in range(accumulate):
-            x, y = stream.batch(args.batch_size, RANK, world())
-            loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / accumulate
-            loss.backward()
-            total += loss.detach()
-        opt.step()
-        opt.zero_grad()
+        total = training_step(model, opt, batches, accumulate)
         if world() > 1:
             dist.all_reduce(total.div_(world()))
         pending.append((step, total, lr))
