@@ -556,6 +556,49 @@ def test_blocks_compile_whole(bits, monkeypatch):
     assert not dynamo.counters["graph_break"]
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_training_step_has_no_graph_breaks(checkpointed):
+    """train.prepare's compiled LLaMA blocks: two graphs in all (P due or not), no break, the losses of the eager model."""
+    import torch._dynamo.utils as dynamo
+
+    def losses(compile):
+        torch._dynamo.reset(), dynamo.counters.clear()
+        torch.manual_seed(0)
+        model = tiny()
+        opt = GaLoreAdamW(param_groups(model, 4, 7), lr=3e-3, state_bits=8)
+        thin(model, opt, 2, checkpointed)
+        model.activation_checkpointing = checkpointed
+        for layer in model.model.layers if compile else ():
+            layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        x = some_tokens(2, 33)
+        return [train.training_step(model, opt, iter([(x[:, :-1], x[:, 1:])] * 2), 2).item() for _ in range(8)]
+
+    eager, compiled = losses(False), losses(True)
+    assert np.allclose(eager, compiled, rtol=1e-5)
+    assert not dynamo.counters["graph_break"] and dynamo.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_counted_flops_of_a_thin_block(checkpointed):
+    """2 r (m + n) operations a token for R of each matrix, X P once, nothing m x n x tokens; checkpointing repeats all products but the last."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, tokens, r = Config(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2), 3 * 16, 8
+    model = Llama(config)
+    opt = GaLoreAdamW(param_groups(model, r))
+    thin(model, opt, 1, checkpointed)
+    block, x = model.model.layers[0], torch.randn(3, 16, 32, requires_grad=True)
+    shapes = [p.shape for p in block.parameters() if p.ndim == 2]
+    cos, sin = model_file.rope(0, 16, config, x.device)
+    with FlopCounterMode(display=False) as counter:
+        block(x, cos, sin, None, checkpointed).sum().backward()
+    products = 2 * tokens * sum(m * n for m, n in shapes)
+    update = 2 * r * sum(m * n for m, n in shapes)
+    expected = 2 * products + 2 * tokens * r * sum(m + n for m, n in shapes) + update
+    expected += (products - 2 * tokens * 32 * 80) if checkpointed else 0
+    assert sum(n for op, n in counter.flop_counts["Global"].items() if "attention" not in str(op)) == expected
+
+
 def two_processes(rank, file, way, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -1680,7 +1723,7 @@ def test_wrong_arguments_get_one_sentence(options, monkeypatch, tmp_path, capsys
 
 def test_no_memory_names_what_would_fit(monkeypatch, tmp_path, capsys):
     """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would fit."""
-    monkeypatch.setattr(train, "free_memory", lambda device: 20.5e9)
+    monkeypatch.setattr(train, "free_memory", lambda args: 20.5)
     output, code = run_here(monkeypatch, tmp_path, capsys, *"--size 7b --galore --rank 1024 --dtype bfloat16 --device cpu --vocab_size 32000".split())
     assert code == 2 and "this run needs about" in output and "has 20.5 GB free; with" in output and "it would fit" in output
 
@@ -1738,9 +1781,9 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
     options = ["--size", size, "--galore", "--rank", "64", "--state_bits", str(bits), "--vocab_size", "320", "--tokenizer", "bytes"]
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--plan", "--device", "cpu")
     assert not code and output.strip().splitlines()[-1].startswith("peak ") and not list(tmp_path.iterdir())
-    args = train.arguments().parse_args([*options, "--device", "cpu"])
+    args = train.arguments().parse_args([*options, "--device", "cpu", "--batch_size", "1"])
     config = train.settle(args, None)
-    table = train.plan(config, args, 1)
+    table = train.plan(config, args)
     model = Llama(config)
     opt = GaLoreAdamW(param_groups(model, 64), state_bits=bits)
     states = {p: opt.init(p) for p in opt.group}
@@ -1749,6 +1792,53 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
     assert table["P"] == sum(x.nbytes for s in matrices for k, x in s.items() if k[0] == "P")
     assert table["M, V of the matrices"] == sum(x.nbytes for s in matrices for k, x in s.items() if k[0] != "P")
     assert table["M, V of embedding, head, norms"] == sum(x.nbytes for s in states.values() if "P" not in s for x in s.values())
+
+
+@pytest.mark.parametrize("options", ["--size 60m --galore --rank 128 --state_bits 8 --batch_size 1 --total_batch_size 1",
+    "--size 60m --galore --rank 128 --batch_size 8 --total_batch_size 64 --grad_clipping 1 --activation_checkpointing",
+    "--size 60m --no-layerwise --batch_size 8 --total_batch_size 8", "--size 1b --galore --rank 512 --state_bits 8 --batch_size 4 --total_batch_size 4"])  # fmt: skip
+def test_plan_is_the_simulated_peak(options):
+    """--plan's bytes are within 3% of the peak of the real training step on fake tensors (experiments/memory.py)."""
+    folder = str(Path(__file__).parent / "experiments")
+    sys.path.insert(0, folder)
+    import memory
+
+    sys.path.remove(folder)
+    row = memory.measure(options + " --vocab_size 32000 --dtype bfloat16")
+    assert abs(row["plan / peak"] - 1) < 0.03, row
+
+
+def test_the_plan_chooses(monkeypatch, tmp_path, capsys):
+    """Without --batch_size the largest power of two that fits is taken; checkpointing only where nothing fits without; both are said."""
+
+    def planned(options, gigabytes):
+        monkeypatch.setattr(train, "free_memory", lambda args: gigabytes)
+        args = train.arguments().parse_args([*options.split(), "--galore", "--plan", "--vocab_size", "32000", "--tokenizer", "gpt2"])
+        config = train.settle(args, None)
+        train.fit(config, args, False)
+        return config, args, capsys.readouterr().out
+
+    config, args, said = planned("--size 1b", 20.0)
+    assert train.peak(config, args) < 20.0 < train.peak(config, train.with_(args, batch_size=2 * args.batch_size))
+    assert not args.activation_checkpointing and f"--batch_size {args.batch_size}: the most that fits into 20.0 GB" in said
+    config, args, said = planned("--size 7b", 23.0)
+    assert args.activation_checkpointing and "--activation_checkpointing: the most" in said and train.peak(config, args) < 23.0
+    config, args, said = planned("--size 7b --no-activation_checkpointing", 23.0)
+    assert not args.activation_checkpointing and args.batch_size == 1 and "--activation_checkpointing" not in said
+    config, args, said = planned("--size 60m --batch_size 4", 24.0)
+    assert args.batch_size == 4 and not said
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, tokens):
+    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager one."""
+    def broken(*args, **options):
+        raise RuntimeError("Cannot find a working triton installation.\nMore about it.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    options = "--size toy --data python --galore --rank 16 --steps 2 --eval_tokens 256 --device cpu --compile".split()
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data_dir", tokens)
+    said = [line for line in output.splitlines() if "torch.compile does not work here" in line]
+    assert code == 0 and len(said) == 1 and "RuntimeError: Cannot find a working triton installation.)" in said[0], output
 
 
 def test_learning_rate_schedule():

@@ -27,15 +27,18 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import cache
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # no gaps in a full GPU; must stand before torch starts
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import galore
-from adam8bit import BLOCK, SMALLEST
+from adam8bit import BLOCK, SLICE, SMALLEST
 from data import C4_URL, EndOfData, get_tokenizer, open_data
 from model import CHUNK_LOGITS, SIZES, Config, Llama, read_config
 
@@ -56,7 +59,7 @@ RECIPES = {
 }
 RECIPES["init"] = PAPER | dict(steps=1000, rank=128)  # --init: whatever its shape
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "exact", "state_bits", "dtype", "seed")  # not on resume
-PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
+PER_START = ("resume", "out_dir", "plan", "device", "card")  # not taken over from a checkpoint
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets it
 N_VOCAB = {"gpt2": 50257, "bytes": 257}  # so that --plan needs no download
 
@@ -93,8 +96,8 @@ def arguments() -> argparse.ArgumentParser:
     # length and batch
     add("--steps", type=int, help="default: the paper's for the size; toy: 300")
     add("--total_batch_size", type=int, help="sequences a step, over micro-batches and processes (default: 512; toy: 8)")
-    add("--batch_size", type=int, help="sequences a micro-batch (default: the largest power of two that fits into memory)")
-    add("--activation_checkpointing", action=switch, help="compute activations again in the backward pass instead of keeping them")
+    add("--batch_size", type=int, help="sequences a micro-batch (default: the largest power of two that fits into memory by the plan)")
+    add("--activation_checkpointing", action=switch, help="compute activations again in the backward pass instead of keeping them (default: where nothing fits without)")
     add("--compile", action=switch, help="torch.compile, block by block (default: on a GPU)")
     # run
     add("--eval_every", type=int, help="steps (default: a fifth of all)")
@@ -141,8 +144,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     refuse(not there.get(kind), f"--device {args.device} is not there: torch sees {', '.join(k for k in there if there[k])} here")
     default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
-            weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"], activation_checkpointing=False,
-            dtype="bfloat16" if args.size != "toy" and (gpu or args.plan) else "float32", compile=gpu and compiler(args.device),
+            weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"],
+            dtype="bfloat16" if args.size != "toy" and (gpu or args.plan) else "float32", compile=gpu,
             tokenizer="bytes" if args.data == "python" else recipe["tokenizer"], sample="def " if args.data == "python" else "The",
             warmup_steps=args.steps // 10, eval_every=max(1, args.steps // 5), save_every=min(max(1, args.steps // 10), 1000))  # fmt: skip
     if args.galore:
@@ -157,7 +160,6 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed} must lie between 0 and 2^63 - 1")
     refuse(not args.sample, "--sample is empty: give it at least one letter to begin with")
     refuse(checkpoint and args.steps < checkpoint["step"], f"the run has taken {checkpoint and checkpoint['step']} steps already, more than --steps {args.steps}")
-    refuse(args.compile and not compiler(args.device), "--compile needs a compiler (triton on a GPU, g++ on a CPU) and there is none: leave it out")
 
     if checkpoint:
         config = Config(**checkpoint["config"])
@@ -177,11 +179,12 @@ def refuse(wrong, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def compiler(device: str) -> bool:
-    """Is there what torch.compile needs?"""
-    if device.startswith("cuda"):
-        return torch.utils._triton.has_triton()
-    return device == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+def why_not_compile(device: str) -> str | None:
+    """What torch.compile says on the device when it is tried on something small; None if it works."""
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(64, device=device))
+    except Exception as error:  # no triton, no C++ compiler, no Python headers, too old a GPU: each has a type of its own
+        return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def tell(line: str) -> None:
@@ -193,66 +196,104 @@ def tell(line: str) -> None:
 # ----- memory, before any of it is taken ----------------------------------------------------------------------------
 
 
-def plan(config: Config, args: argparse.Namespace, batch: int) -> dict[str, int]:
-    """Bytes of a training step by kind, for micro-batches of `batch` sequences, from shapes alone.
+@cache
+def shapes(config: tuple) -> tuple[list[torch.Size], list[int], int]:
+    """Of the matrices in the blocks; sizes of the other parameters; number of blocks."""
+    *blocks, others = galore.param_groups(Llama(Config(*config), device="meta"), rank=1)
+    return [p.shape for block in blocks for p in block["params"]], [p.numel() for p in others["params"]], len(blocks)
 
-    Weights, P and moments are exact; the rest is counted for the eager model and is an estimate.
+
+def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
+    """Bytes by kind at the fullest moment of a training step, from shapes alone.
+
+    Weights and state are exact. The rest follows the eager step (a compiled one takes less), moment by moment; it is within
+    3% of the real step on fake tensors (experiments/memory.py, and a test).
     """
-    wide, r = 4 if args.dtype == "float32" else 2, args.rank if args.galore else None
-    model = Llama(config, device="meta")
-    *blocks, others = galore.param_groups(model, rank=1)
-    matrices, rest = [p.shape for g in blocks for p in g["params"]], [p.numel() for p in others["params"]]
+    c, w, r = config, 4 if args.dtype == "float32" else 2, args.rank if args.galore else None
+    matrices, rest, n_blocks = shapes(astuple(c))
     inside = [r * max(s) if r else s.numel() for s in matrices]  # values of R
+    bases = [r * min(s) if r else 0 for s in matrices]  # values of P
 
-    def moments(n: int) -> int:
-        return 2 * (n + 4 * -(-n // BLOCK)) if args.state_bits == 8 and n >= SMALLEST else 8 * n
+    def kept(n: int, wide: int) -> int:
+        return n + 4 * -(-n // BLOCK) if args.state_bits == 8 and n >= SMALLEST else wide * n
 
-    # R (or G) of all matrices if the weights move together or over several micro-batches; else of one block at a time
-    together = bool(args.grad_clipping or not args.layerwise or args.total_batch_size > batch * world())
-    gradients = inside if args.layerwise else [s.numel() for s in matrices]
-    gradients = sum(gradients) if together else sum(gradients) // len(blocks)
-    c, tokens = config, batch * args.seq_len
+    # gradients: which there are, and whether they wait for each other
+    thin, micro = r and args.layerwise, args.total_batch_size > args.batch_size * world()
+    at_once = args.layerwise and not args.grad_clipping  # a weight moves when its last gradient is there
+    arriving = inside if thin else [s.numel() for s in matrices]
+    due = sum(bases[: len(matrices) // n_blocks]) if thin else 0  # Y of the block that is refreshed
+    head = c.vocab_size * c.hidden_size
+    everything = sum(arriving) + due + sum(rest)
+    waiting = everything if micro else 0  # in the forward pass
+    late = waiting or (0 if at_once else head)  # when the first block's backward pass begins
+
+    # activations: values a token
     H, F, q, kv = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    inputs = 3 * min(r, H) + r + 2 * r if r and args.layerwise else 2 * H + q  # of q, k, v; o; gate, up: X P, or X
-    block = 4 * H + 2 * q + 2 * kv + 4 * F + inputs
-    kept = block + c.num_hidden_layers * H if args.activation_checkpointing else block * c.num_hidden_layers
+    inputs = 2 * H if not thin or args.activation_checkpointing else 4 * r + (2 * r if kv >= H else H)  # X or X P of q, k, v; o; gate, up
+    block = 2 * H + 2 * q + 2 * kv + 3 * F + inputs
+    blocks_kept = H * c.num_hidden_layers if args.activation_checkpointing else block * c.num_hidden_layers + 2 * H * (due > 0)  # X beside X P
+    block_again = block - H if args.activation_checkpointing else 0
+    tokens = args.batch_size * args.seq_len
+
+    # temporaries: Adam on a slice, N and P; the refresh
+    n = max(inside)
+    move = 37 * min(n, SLICE) + max(w * (n + max(bases)), 8 * n) * (r is not None)
+    move_rest = 37 * min(max(rest), SLICE)
+    rows = min(tokens, max(64, CHUNK_LOGITS // c.vocab_size // 64 * 64))
+    moments = [  # values of gradients, values of activations a token, bytes of temporaries
+        (waiting + head, blocks_kept + 3 * H, (6 if w == 2 else 4) * rows * c.vocab_size),  # the loss
+        (head, blocks_kept + 3 * H, move_rest) if at_once and not micro else (0, 0, 0),  # the head moves
+        (late, blocks_kept + block_again + H + 2 * F, 0),  # backward through the first block's MLP,
+        (late, blocks_kept + block_again + H + F, 9 * n * (due > 0)),  # ... its down projection, due
+        (late - head * (late > 0), blocks_kept + block_again + H, move) if at_once else (0, 0, 0),  # ... which moves
+        (head + (everything if micro or not at_once else 0), 2 * H, move_rest if at_once else 0),  # the embedding's gradient
+        (everything + (sum(inside) if r and not thin and args.grad_clipping else 0), 0, max(move, move_rest)) if not at_once else (0, 0, 0),  # opt.step()
+    ]
+    gradients, activations, temporaries = max(((w * g, w * a * tokens, t) for g, a, t in moments), key=sum)
     return {
-        "weights": wide * model.num_parameters(),
-        "P": wide * sum(min(s) * r for s in matrices) if r else 0,
-        "M, V of the matrices": sum(map(moments, inside)),
-        "M, V of embedding, head, norms": sum(map(moments, rest)),
-        "gradients": wide * (gradients + sum(rest)),
-        "activations": wide * tokens * (kept + 2 * H),
-        "logits of a chunk": (4 + wide) * min(tokens * c.vocab_size, CHUNK_LOGITS),
-        "temporaries of the update": 24 * max(*inside, min(max(rest), galore.SLICE)),
-    }  # fmt: skip
+        "weights": w * (sum(s.numel() for s in matrices) + sum(rest)),
+        "P": sum(kept(n, w) for n in bases),
+        "M, V of the matrices": 2 * sum(kept(n, 4) for n in inside),
+        "M, V of embedding, head, norms": 2 * sum(kept(n, 4) for n in rest),
+        "gradients": gradients,
+        "activations": activations,
+        "temporaries": temporaries,
+    }
 
 
 def show_plan(config: Config, args: argparse.Namespace) -> None:
     """The table of --plan; its last line is the peak."""
-    full = argparse.Namespace(**vars(args) | dict(galore=False, state_bits=32))
-    ours, theirs = plan(config, args, args.batch_size), plan(config, full, args.batch_size)
+    ours, theirs = plan(config, args), plan(config, with_(args, galore=False, state_bits=32, layerwise=False))
+    free = free_memory(args)
     for table in (ours, theirs):
         table["optimiser state: P, M, V"] = sum(n for kind, n in table.items() if kind[0] in "PM")
-    tell(f"{'bytes':<31}{'this run':>12}{'full-rank AdamW':>18}")
+    tell(f"{'bytes, when they are most':<31}{'this run':>12}{'full-rank AdamW':>18}")
     for kind in ours:
         tell(f"{kind:<31}{ours[kind] / 1e9:9.3f} GB{theirs[kind] / 1e9:15.3f} GB")
-    free = free_memory(args.device)
-    tell(f"free on {args.device}: {f'{free / 1e9:.2f} GB' if free < math.inf else 'not known'}")
+    where = "no GPU here; a 24 GiB card" if args.card else args.device
+    tell(f"{accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} tokens a step; {where} has {free:.2f} GB free"
+         f"{'' if peak(config, args) < free else ': THIS RUN DOES NOT FIT'}")  # fmt: skip
     tell(f"peak {peak(config, args):.2f} GB")
 
 
-def peak(config: Config, args: argparse.Namespace, batch: int | None = None) -> float:
-    return sum(plan(config, args, batch or args.batch_size).values()) / 1e9
+def peak(config: Config, args: argparse.Namespace) -> float:
+    """GB."""
+    return sum(plan(config, args).values()) / 1e9
 
 
-def free_memory(device: str) -> float:
-    """Bytes that can still be taken on the device; infinite if that cannot be known."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+def with_(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def free_memory(args: argparse.Namespace) -> float:
+    """GB that can still be taken on the device; infinite if that cannot be known; for a plan without a GPU, a 24 GiB card's."""
+    if args.device.startswith("cuda"):
+        return 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9  # the rest goes to workspaces of kernels, and to gaps
+    if args.card:
+        return 0.97 * (24 * 2**30 - 5e8) / 1e9  # half a GB is CUDA's own
     try:
         with open("/proc/meminfo") as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+            return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 / 1e9
     except OSError:
         return math.inf
 
@@ -263,11 +304,18 @@ def world() -> int:
 
 def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> None:
     """Chooses the micro-batch if that was not done, and refuses what cannot work. ValueError."""
-    free = free_memory(args.device) / 1e9
-    if args.batch_size is None:
-        most = max(1, (8192 if args.device == "cpu" else 131072) // args.seq_len)  # larger ones bring no more tokens/s
-        sizes = [2**i for i in range(20) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
-        args.batch_size = max((b for b in sizes if peak(config, args, b) < free), default=1)
+    args.card = args.plan and args.device == "cpu" and not on_this_device
+    free = free_memory(args)
+    most = max(1, (8192 if args.device == "cpu" and not args.card else 131072) // args.seq_len)  # larger ones bring no more tokens/s
+    sizes = [2**i for i in range(17, -1, -1) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most] or [1]
+    sizes = [args.batch_size] if args.batch_size else sizes
+    ways = [False, True] if args.activation_checkpointing is None else [args.activation_checkpointing]  # True: a third more arithmetic
+    choices = [dict(batch_size=b, activation_checkpointing=way) for way in ways for b in sizes]
+    fitting = next((c for c in choices if peak(config, with_(args, **c)) < free), None)
+    choice = fitting or choices[len(sizes) - 1]
+    if chosen := fitting and [f"--{k}" + f" {v}" * (v is not True) for k, v in choice.items() if getattr(args, k) is None and v]:
+        tell(f"{' '.join(chosen)}: the most that fits into {free:.1f} GB, by the plan")
+    vars(args).update(choice)
     refuse(args.total_batch_size % (args.batch_size * world()),
            f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} times {world()} process(es)")  # fmt: skip
     if args.plan:
@@ -277,13 +325,12 @@ def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> None:
            f"no GPU was found, and on a CPU this run would take about {flops / 1e11 / 3.15e7:,.0f} years: run it where torch sees a GPU, take a "
            f"smaller --size or fewer --steps, or say --device cpu to start all the same (--plan shows the memory it needs)")  # fmt: skip
     if (need := peak(config, args)) > free:
-        other, fits = argparse.Namespace(**vars(args)), ""
-        for k, v in (("state_bits", 8), ("batch_size", 1), ("activation_checkpointing", True), ("rank", args.rank and args.rank // 2), ("rank", args.rank and args.rank // 4)):
-            if v and getattr(other, k) != v:
-                setattr(other, k, v)
-                fits += f" --{k}" + (f" {v}" if v is not True else "")
-                refuse(peak(config, other) < free, f"this run needs about {need:.1f} GB and {args.device} has {free:.1f} GB free; with{fits} it would fit")
-        raise ValueError(f"this run needs about {need:.1f} GB and {args.device} has {free:.1f} GB free: take a smaller --size{'' if args.galore else ', or --galore'}")
+        there, change, r = f"this run needs about {need:.1f} GB and {args.device} has {free:.1f} GB free", {}, args.rank or 0
+        for k, v in ("state_bits", 8), ("batch_size", 1), ("activation_checkpointing", True), ("rank", r // 2), ("rank", r // 4):
+            change |= {k: v} if v and getattr(args, k) != v else {}
+            words = " ".join(f"--{k}" + f" {v}" * (v is not True) for k, v in change.items())
+            refuse(peak(config, with_(args, **change)) < free, f"{there}; with {words} it would fit")
+        raise ValueError(f"{there}: take a smaller --size{'' if args.galore else ', or --galore'}")
 
 
 # ----- a run's files ------------------------------------------------------------------------------------------------
@@ -501,6 +548,9 @@ def main() -> None:
         fit(config, args, on_this_device)
         if args.plan:
             return show_plan(config, args)
+        if args.compile and (why := why_not_compile(args.device)):
+            args.compile = False
+            tell(f"torch.compile does not work here, so nothing is compiled, which is slower but gives the same ({why})")
         choose_out_dir(args)
         tokenizer = get_tokenizer(args.tokenizer)
         refuse(tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that of tokenizer {args.tokenizer}, "

@@ -2,13 +2,15 @@
 How fast is it? The optimisers, and a whole training step, against their peers on a CPU.
 
     pip install -r requirements.txt -r experiments/requirements.txt
-    python experiments/speed.py              about ten minutes; writes experiments/results/speed.json
+    python experiments/speed.py              a quarter of an hour; writes experiments/results/speed.json
     python experiments/speed.py --quick      small and short: does it run at all?
 
-Three tables, on the matrices of the 60M model (q, k, v, o; gate, up, down of 8 blocks), fp32:
+Three tables of times, on the matrices of the 60M model (q, k, v, o; gate, up, down of 8 blocks), fp32:
     1. GaLore's step, given the gradients: ours (plain and thin) and galore-torch, amortised over a refresh every T steps
     2. Adam with 8-bit moments, full rank: ours, torchao, bitsandbytes
     3. a training step of the blocks: forward, backward, update
+and one that no noise reaches:
+    4. floating-point operations of a whole 7B training step (train.py's, on fake tensors, by PyTorch's FlopCounterMode)
 
 All contestants of a table run in one process and take turns, a step each per round, in alternating order, so that what else the
 machine does hits all alike. A time is the median over rounds; a ratio is the median of the rounds' ratios. Everything stands in
@@ -26,15 +28,18 @@ import sys
 import time
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import galore  # noqa: E402
 import model as llama  # noqa: E402
+import train  # noqa: E402
 
 PLAIN, DUE = 99, 199  # steps taken before a step in which P is not refreshed, and before one in which it is (T = 200)
 
@@ -185,8 +190,8 @@ def optimiser_step(args, shapes, peers) -> tuple[list, list, list]:
     ok, refreshes = torch.tensor(True), []
     for g in grads:
         m, n = min(g.shape), max(g.shape)
-        Y, M, V = 0.01 * torch.randn(m, args.rank), 0.01 * torch.randn(args.rank, n), 1e-4 * torch.rand(args.rank, n)
-        refreshes.append((galore.orthonormal(torch.randn(m, args.rank)), Y, M, V, ok))
+        state = {"P": galore.orthonormal(torch.randn(m, args.rank)), "M": 0.01 * torch.randn(args.rank, n), "V": 1e-4 * torch.rand(args.rank, n)}
+        refreshes.append((state, 0.01 * torch.randn(m, args.rank), ok))
     alone = take_turns({"refresh": lambda: seconds(lambda: [galore.refresh(*x) for x in refreshes])[0]}, max(5, args.svd_rounds))["refresh"]
     extra = {name: [x - statistics.median(plain[name]) for x in due[name]] for name in opts} | {"galore.refresh alone": alone}
     more = [{"refresh of all matrices (ms)": name, "time": 1e3 * statistics.median(x),
@@ -293,6 +298,63 @@ def training_step(args, config, peers) -> tuple[list, list]:
                   for name in galores if "thin" in name]  # fmt: skip
 
 
+# ----- operations of a 7B step --------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+UNCOUNTED = {  # by FlopCounterMode itself
+    aten.addmm_: lambda _, A, B, **__: 2 * A[0] * A[1] * B[1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda D, q, k, v, *_, **__: sdpa_backward_flop_count(D, q, k, v),
+    aten.linalg_solve_triangular: lambda A, B, *_, **__: A[-1] ** 2 * B[-1],
+    aten.linalg_cholesky_ex: lambda A, *_, **__: A[-1] ** 3 // 3,
+}
+
+
+def operations(options: str, due: bool = False) -> float:
+    """Of one step of `train.py OPTIONS`; with `due`, of one in which all subspaces are refreshed.
+
+    A step is linear in its micro-batches, so that one with one and one with two give it for any number.
+    """
+    args = train.arguments().parse_args([*options.split(), "--vocab_size", "32000", "--state_bits", "32", "--plan", "--device", "cpu"])
+    config, steps = train.settle(args, None), []
+    for micro_batches in (1, 2):
+        few = train.with_(args, total_batch_size=micro_batches * args.batch_size)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = llama.Llama(config, "cpu", torch.bfloat16)
+            opt = train.prepare(model, few)
+            for group in opt.param_groups:
+                group["t"] = 1000 * group["update_proj_gap"] + (group["offset"] - 1 if due else config.num_hidden_layers)
+            for p in opt.group:
+                opt.init(p)
+            opt.arm()
+            tokens = torch.zeros(args.batch_size, args.seq_len, dtype=torch.long)
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+                train.training_step(model, opt, repeat((tokens, tokens)), micro_batches)
+        steps.append(counter.get_total_flops())
+    one, two = steps
+    return two + (two - one) * (args.total_batch_size // args.batch_size - 2)
+
+
+def counted(T: int) -> tuple[list, list]:
+    """Table 4: 7B, rank 1024, sequences of 256 tokens."""
+    ours, adamw, large, small = "--size 7b --galore --rank 1024", "--size 7b --no-layerwise", " --batch_size 16 --total_batch_size 512", " --batch_size 1 --total_batch_size 1"
+    rows, bars = [], []
+
+    def compare(name: str, tokens: int, mine: str, reference: str, other: str, limit: float):
+        a, b = operations(mine), operations(other)
+        rows.append({"operations of a 7B step": name, "tokens": tokens, "TFLOP": a / 1e12, "reference": reference, "its TFLOP": b / 1e12, "ratio": f"{a / b:.3f}"})
+        bars.append((f"counted operations, {name}, of {reference}", a / b, "<=", limit))
+        return a
+
+    step = compare("thin GaLore", 131072, ours + large + " --no-activation_checkpointing", "full-rank AdamW", adamw + large + " --no-activation_checkpointing", 0.82)
+    compare("thin GaLore, checkpointing", 131072, ours + large + " --activation_checkpointing", "full-rank AdamW, checkpointing", adamw + large + " --activation_checkpointing", 0.87)
+    compare("thin GaLore", 256, ours + small + " --no-activation_checkpointing", "plain GaLore", ours + small + " --no-layerwise --no-activation_checkpointing", 0.60)
+    extra = (operations(ours + large + " --no-activation_checkpointing", due=True) - step) / T
+    rows.append({"operations of a 7B step": f"refresh of all, spread over T = {T}", "tokens": 131072, "TFLOP": extra / 1e12, "reference": "the step", "its TFLOP": step / 1e12, "ratio": f"{extra / step:.4f}"})
+    bars.append((f"counted operations, refresh over T = {T}, of the step", extra / step, "<=", 0.01))
+    return rows, bars
+
+
 # ----- the command line ---------------------------------------------------------------------------------------------
 
 
@@ -311,7 +373,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a training step")
     parser.add_argument("--seq_len", type=int, default=256, help="tokens in a sequence")
     # how
-    parser.add_argument("--tables", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="which of the tables")
+    parser.add_argument("--tables", type=int, nargs="+", choices=(1, 2, 3, 4), default=(1, 2, 3, 4), help="which of the tables")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25, help="optimiser steps measured of each contestant")
     parser.add_argument("--train_rounds", type=int, default=12, help="training steps measured of each")
@@ -365,6 +427,12 @@ def main() -> None:
         tables["3"], met = training_step(args, config, peers)
         show("3. training step of the blocks", tables["3"],
              "(thin: backward holds R and the update; reference: the fastest torch.optim.AdamW; refresh adds: all matrices, once in T)")  # fmt: skip
+        bars += met
+    if 4 in args.tables:
+        if args.quick:
+            llama.SIZES["7b"]["num_hidden_layers"] = 2
+        tables["4"], met = counted(args.update_proj_gap)
+        show("4. counted operations", tables["4"], "(FlopCounterMode on fake tensors; eager; r = 1024, sequences of 256, vocabulary 32,000)")
         bars += met
     bars = [{"bar": text, "value": value, "limit": f"{sign} {limit:g}", "met": value <= limit if sign == "<=" else value >= limit}
             for text, value, sign, limit in bars]  # fmt: skip
