@@ -18,6 +18,7 @@ Left out on purpose: stable embedding layers, percentile clipping, paged memory,
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +58,13 @@ def nearest_table(qmap: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bucketize(ends.nan_to_num(0, 1, -1), middle[:-1]).to(torch.uint8), middle
 
 
-CPU = torch.device("cpu")
-TABLES = {(CPU, signed): (qmap, *nearest_table(qmap)) for signed in (True, False) for qmap in (dynamic_map(signed),)}
+TABLES = {torch.device("cpu"): {signed: (qmap, *nearest_table(qmap)) for signed in (True, False) for qmap in (dynamic_map(signed),)}}
 
 
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if (device, signed) not in TABLES:
-        TABLES[device, signed] = tuple(t.to(device) for t in TABLES[CPU, signed])
-    return TABLES[device, signed]
+    if device not in TABLES:
+        TABLES[device] = {sign: tuple(t.to(device) for t in three) for sign, three in TABLES[torch.device("cpu")].items()}
+    return TABLES[device][signed]
 
 
 # ----- a tensor to codes and back -----------------------------------------------------------------------------------
@@ -72,8 +72,14 @@ def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def blocks(x: Tensor) -> Tensor:
     """Any shape as (blocks, 256); the last block is filled up with zeros."""
+    if x.shape[1:] == (BLOCK,):
+        return x
     x, fill = x.flatten(), -x.numel() % BLOCK
     return (F.pad(x, (0, fill)) if fill else x).view(-1, BLOCK)
+
+
+def unblock(b: Tensor, shape: torch.Size) -> Tensor:
+    return b if b.shape == shape else b.view(-1)[: shape.numel()].view(shape)
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -89,8 +95,7 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     scale = b.abs().amax(1)
     b = b / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
     codes = lowest[(b.view(torch.int32) >> 16) & 0xFFFF].int()
-    codes = (codes + (b > middle[codes])).to(torch.uint8)
-    return codes.view(-1)[: x.numel()].view(x.shape), scale
+    return unblock((codes + (b > middle[codes])).to(torch.uint8), x.shape), scale
 
 
 def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
@@ -98,7 +103,7 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
     if scale is None:
         return codes
     qmap, _, _ = tables(codes.device, signed)
-    return (qmap[blocks(codes).int()] * scale[:, None]).view(-1)[: codes.numel()].view(codes.shape)
+    return unblock(qmap[blocks(codes).int()] * scale[:, None], codes.shape)
 
 
 # ----- state as the optimiser keeps it: {"M": ..., "V": ...} fp32, or codes, with {"M_scale": ..., "V_scale": ...} -----
@@ -106,6 +111,7 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
 
 def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict[str, Tensor]:
     """State `name` ("M", "V" or "P") before it is first kept: in `dtype`, or in codes, from 4096 values on."""
+    tables(device, True)  # so that they are not made in the middle of a compiled function
     if not in_8_bits or (n := math.prod(shape)) < SMALLEST:
         return {name: torch.zeros(shape, dtype=dtype, device=device)}
     return {name: torch.zeros(shape, dtype=torch.uint8, device=device), name + "_scale": torch.zeros(-(-n // BLOCK), device=device)}
@@ -123,15 +129,20 @@ def narrow(state: dict[str, Tensor], name: str, x: Tensor) -> dict[str, Tensor]:
     return dict(zip((name, name + "_scale"), quantise(x, name != "V")))
 
 
+def split(x: Tensor) -> tuple[Tensor, ...]:
+    """x in pieces of SLICE values, as (blocks, 256) where that goes up: then Adam compiles to one kernel. Views, if x is contiguous."""
+    return x.reshape(-1).split(SLICE) if x.numel() % BLOCK else x.reshape(-1, BLOCK).split(SLICE // BLOCK)
+
+
 def pieces(state: dict[str, Tensor], names: str) -> list[dict[str, Tensor]]:
-    """Views of what is named (as "MV"), SLICE flattened values each, so that it can be updated a piece at a time."""
-    views = {key: x.view(-1).split(SLICE // BLOCK if key.endswith("scale") else SLICE) for key, x in state.items() if key[0] in names}
+    """What is named (as "MV") in pieces, views that can be updated one at a time."""
+    views = {key: x.split(SLICE // BLOCK) if key.endswith("scale") else split(x) for key, x in state.items() if key[0] in names}
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
 def keep(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
     """Replaces state `name` by x, in place, where the 0-dim bool `ok` is True: else it stays to the last bit."""
-    for part, x in zip(pieces(state, name), x.reshape(-1).split(SLICE)):
+    for part, x in zip(pieces(state, name), split(x)):
         for key, new in narrow(part, name, x).items():
             part[key].copy_(torch.where(ok, new, part[key]))
 
@@ -155,13 +166,10 @@ def adam(G, state, beta1, beta2, eps, bias1, bias2, shrink, ok):
     return torch.where(ok, N, 0.0), {name: torch.where(ok, x, state[name]) for name, x in new.items()}
 
 
-compiled = torch.compile(adam, fullgraph=True, dynamic=True)  # nothing is compiled before its first call
-
-
 def adam_(G, state, betas, eps, t, shrink, ok, compile=False) -> Tensor:
     """`adam` at step t = 1, 2, ... with the moments in `state` replaced in place; returns N, the direction."""
     bias = [torch.tensor(1 - beta**t) for beta in betas]
-    N, moments = (compiled if compile else adam)(G, state, *betas, eps, *bias, shrink, ok)
+    N, moments = (compiled(adam) if compile else adam)(G, state, *betas, eps, *bias, shrink, ok)
     for name, x in moments.items():
         state[name].copy_(x)
     return N
@@ -170,10 +178,23 @@ def adam_(G, state, betas, eps, t, shrink, ok, compile=False) -> Tensor:
 # ----- weights ------------------------------------------------------------------------------------------------------
 
 
-def write(w: Tensor, new: Tensor, random: torch.Generator | None) -> None:
-    """w <- new (fp32). With `random`, bf16 is rounded up or down by chance: updates below its precision survive on average
+def by_chance(w, N, lr, stay, noise):
+    """stay * w - lr * N, its fp32 value rounded to bf16 up or down by chance; noise: int32, 16 random bits."""
+    new = w.float() * stay - N.float() * lr
+    return ((new.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32).to(w.dtype)  # bf16 is fp32's upper half
+
+
+def write_(w: Tensor, N: Tensor, lr: float, stay: Tensor | float, random: torch.Generator | None, compile: bool = False) -> None:
+    """w <- stay * w - lr * N. With `random`, bf16 is rounded up or down by chance: updates below its precision survive on average
     (stochastic rounding, as in Q-GaLore 2407.08296 and torchao's bf16_stochastic_round)."""
-    if w.dtype == torch.bfloat16 and random is not None:
-        noise = torch.randint(1 << 16, new.shape, dtype=torch.int32, device=w.device, generator=random)
-        new = new.view(torch.int32).add_(noise).bitwise_and_(-1 << 16).view(torch.float32)  # bf16 is fp32's upper half
-    w.copy_(new)
+    if w.dtype != torch.bfloat16 or random is None:
+        w.mul_(stay).add_(N, alpha=-lr)
+    else:
+        noise = torch.randint(1 << 16, w.shape, dtype=torch.int32, device=w.device, generator=random)
+        w.copy_((compiled(by_chance) if compile else by_chance)(w, N, torch.tensor(lr), stay, noise))
+
+
+@cache
+def compiled(function):
+    """A pure function as one pass over memory (nothing is compiled before its first call)."""
+    return torch.compile(function, fullgraph=True, dynamic=True)

@@ -35,14 +35,14 @@ accumulator, and half of this file again, to save what 8 bits save already).
 """
 
 import re
-from functools import partial
+import weakref
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import SLICE, adam_, dequantise, keep, load, pieces, write, zeros
+from adam8bit import SLICE, adam_, dequantise, keep, load, narrow, pieces, split, write_, zeros
 
 
 # ----- the subspace -------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 shape = (rank, max(p.shape))
                 state.update(zeros("P", (min(p.shape), rank), p.dtype, small and not self.exact, p.device))
                 start = torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)
-                keep(state, "P", orthonormal(start), torch.ones_like(start[0, 0], dtype=torch.bool))
+                state.update(narrow(state, "P", orthonormal(start)))
             for name in "MV":
                 state.update(zeros(name, shape, torch.float32, small, p.device))
         return state
@@ -249,7 +249,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
         return average(R)
 
-    def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor | float = 1.0) -> None:
+    def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor = torch.ones(())) -> None:
         """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
 
         All in slices, a weight in at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
@@ -258,11 +258,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         lr, t, n = group["lr"], group["t"] + 1, max(p.shape)
         if "P" in state:
             R, Y = R[:, :n], R[:, n:].T
-        ok = torch.linalg.vector_norm(R, dtype=torch.float32).isfinite() if ok is None else ok  # V, its squares, too
+        ok = norm(R).isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
         N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
-             for g, moments in zip(R.reshape(-1).split(SLICE), pieces(state, "MV")))  # fmt: skip
+             for g, moments in zip(split(R), pieces(state, "MV")))  # fmt: skip
         if "P" in state:
             P = load(state, "P").to(p.dtype)
             N = torch.cat([part.to(p.dtype) for part in N]).view(R.shape).mul_(group["scale"])
@@ -270,13 +270,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
             size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
             slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
         else:
-            slices = zip(p.view(-1).split(SLICE), N)
+            slices = zip(split(p.view(-1)), N)
+        stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else torch.ones(())
         random = None if self.exact else self.random(p, t)
         for w, N in slices:
-            new = w.float()  # w itself if w is fp32
-            if group["weight_decay"]:
-                new.mul_(1 - ok * (lr * group["weight_decay"]))
-            write(w, new.add_(N, alpha=-lr), random)
+            write_(w, N, lr, stay, random, self.compile)
 
         if self.due(p) and not self.exact:
             refresh(state, Y, ok)
@@ -288,10 +286,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         check(all(p.grad is None for p in self.proxies), "a thin weight has a .grad: "
               "it was used outside its nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
         waiting = [p for p in self.group if self.proxies.get(p, p).grad is not None]
-        collected, ok, shrink = map(self.collect, waiting), None, 1.0  # one at a time, as `move` asks for them ...
+        collected, ok, shrink = map(self.collect, waiting), None, torch.ones(())  # one at a time, as `move` asks for them ...
         if self.max_norm is not None:  # ... or all, to know their norm first
             collected = list(collected)
-            self.norm = torch.nn.utils.get_total_norm(R[:, : max(p.shape)] if "P" in self.state[p] else R for p, R in zip(waiting, collected))
+            norms = [norm(R[:, : max(p.shape)] if "P" in self.state[p] else R) for p, R in zip(waiting, collected)]
+            self.norm = norm(torch.stack(norms))
             ok, shrink = self.norm.isfinite(), (self.max_norm / (self.norm + 1e-6)).clamp(max=1)
         for p, R in zip(waiting, collected):
             self.move(p, R, ok, shrink)
@@ -321,13 +320,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
             module.galore, width = self.init(p), max(p.shape) + min(p.shape) * self.due(p)
             if p not in self.proxies or self.proxies[p].shape[1] != width:
                 proxy = p.new_zeros(1).expand(len(module.galore["M"]), width).requires_grad_()  # owns one number
-                proxy.register_post_accumulate_grad_hook(partial(self.arrived, p))
+                proxy.register_post_accumulate_grad_hook(self.hook(p))
                 self.proxies[p] = proxy
             module.proxy = self.proxies[p]
 
+    def hook(self, p: Tensor | None = None):
+        """Calls `arrived`. Holds the optimiser weakly: a parameter whose hook holds it would never be freed."""
+        arrived = weakref.WeakMethod(self.arrived)
+        return lambda leaf: arrived() and arrived()(leaf if p is None else p, leaf)
+
     @torch.no_grad()
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
-        """Hook: leaf.grad has a micro-batch more. After the last one the weight moves, unless the norm is to be known first."""
+        """leaf.grad has a micro-batch more. After the last one the weight moves, unless the norm is to be known first."""
         self.passes[p] = self.passes.get(p, 0) + 1
         if self.passes[p] > self.accumulate:
             raise RuntimeError(f"backward() ran more than {self.accumulate} times in a step: thin(..., accumulate=) says how often it does.")
@@ -340,6 +344,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for proxy in self.proxies.values():
             proxy.grad = None
         self.passes.clear()
+
+
+def norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 def average(x: Tensor) -> Tensor:
@@ -403,4 +411,4 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     for module in opt.modules:
         module.__class__, module.checkpointed = ThinModule, checkpointed
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
-        p.register_post_accumulate_grad_hook(partial(opt.arrived, p))
+        p.register_post_accumulate_grad_hook(opt.hook())

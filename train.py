@@ -98,7 +98,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--total_batch_size", type=int, help="sequences a step, over micro-batches and processes (default: 512; toy: 8)")
     add("--batch_size", type=int, help="sequences a micro-batch (default: the largest power of two that fits into memory by the plan)")
     add("--activation_checkpointing", action=switch, help="compute activations again in the backward pass instead of keeping them (default: where nothing fits without)")
-    add("--compile", action=switch, help="torch.compile, block by block (default: on a GPU)")
+    add("--compile", action=switch, help="torch.compile, block by block (default: on a GPU; where it does not work, a line says so and the run goes on without)")
     # run
     add("--eval_every", type=int, help="steps (default: a fifth of all)")
     add("--eval_tokens", type=int, help="validation tokens, always the same first ones (default: 10 million; toy: 65,536)")
@@ -237,8 +237,8 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
 
     # temporaries: Adam on a slice, N and P; the refresh
     n = max(inside)
-    move = 37 * min(n, SLICE) + max(w * (n + max(bases)), 8 * n) * (r is not None)
-    move_rest = 37 * min(max(rest), SLICE)
+    move = 34 * min(n, SLICE) + max(w * (n + max(bases)), 8 * n) * (r is not None)
+    move_rest = 34 * min(max(rest), SLICE)
     rows = min(tokens, max(64, CHUNK_LOGITS // c.vocab_size // 64 * 64))
     moments = [  # values of gradients, values of activations a token, bytes of temporaries
         (waiting + head, blocks_kept + 3 * H, (6 if w == 2 else 4) * rows * c.vocab_size),  # the loss
@@ -252,7 +252,7 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
     gradients, activations, temporaries = max(((w * g, w * a * tokens, t) for g, a, t in moments), key=sum)
     return {
         "weights": w * (sum(s.numel() for s in matrices) + sum(rest)),
-        "P": sum(kept(n, w) for n in bases),
+        "P": sum(w * n if args.exact else kept(n, w) for n in bases),
         "M, V of the matrices": 2 * sum(kept(n, 4) for n in inside),
         "M, V of embedding, head, norms": 2 * sum(kept(n, 4) for n in rest),
         "gradients": gradients,
@@ -261,8 +261,8 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def show_plan(config: Config, args: argparse.Namespace) -> None:
-    """The table of --plan; its last line is the peak."""
+def show_plan(config: Config, args: argparse.Namespace, said: str) -> None:
+    """The table of --plan, and what `fit` said; its last line is the peak."""
     ours, theirs = plan(config, args), plan(config, with_(args, galore=False, state_bits=32, layerwise=False))
     free = free_memory(args)
     for table in (ours, theirs):
@@ -273,6 +273,8 @@ def show_plan(config: Config, args: argparse.Namespace) -> None:
     where = "no GPU here; a 24 GiB card" if args.card else args.device
     tell(f"{accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} tokens a step; {where} has {free:.2f} GB free"
          f"{'' if peak(config, args) < free else ': THIS RUN DOES NOT FIT'}")  # fmt: skip
+    if said:
+        tell(said)
     tell(f"peak {peak(config, args):.2f} GB")
 
 
@@ -302,8 +304,8 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> None:
-    """Chooses the micro-batch if that was not done, and refuses what cannot work. ValueError."""
+def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> str:
+    """Chooses micro-batch and checkpointing where that was not done, and says so; refuses what cannot work. ValueError."""
     args.card = args.plan and args.device == "cpu" and not on_this_device
     free = free_memory(args)
     most = max(1, (8192 if args.device == "cpu" and not args.card else 131072) // args.seq_len)  # larger ones bring no more tokens/s
@@ -313,13 +315,13 @@ def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> None:
     choices = [dict(batch_size=b, activation_checkpointing=way) for way in ways for b in sizes]
     fitting = next((c for c in choices if peak(config, with_(args, **c)) < free), None)
     choice = fitting or choices[len(sizes) - 1]
-    if chosen := fitting and [f"--{k}" + f" {v}" * (v is not True) for k, v in choice.items() if getattr(args, k) is None and v]:
-        tell(f"{' '.join(chosen)}: the most that fits into {free:.1f} GB, by the plan")
+    chosen = [f"--{k}" + f" {v}" * (v is not True) for k, v in choice.items() if getattr(args, k) is None and v] if fitting else []
+    said = f"{' '.join(chosen)}: the most that fits into {free:.1f} GB, by the plan" if chosen else ""
     vars(args).update(choice)
     refuse(args.total_batch_size % (args.batch_size * world()),
            f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} times {world()} process(es)")  # fmt: skip
     if args.plan:
-        return
+        return said
     flops = 6 * Llama(config, device="meta").num_parameters() * args.steps * args.total_batch_size * args.seq_len
     refuse(args.device == "cpu" and not on_this_device and flops > 3e18,
            f"no GPU was found, and on a CPU this run would take about {flops / 1e11 / 3.15e7:,.0f} years: run it where torch sees a GPU, take a "
@@ -331,6 +333,7 @@ def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> None:
             words = " ".join(f"--{k}" + f" {v}" * (v is not True) for k, v in change.items())
             refuse(peak(config, with_(args, **change)) < free, f"{there}; with {words} it would fit")
         raise ValueError(f"{there}: take a smaller --size{'' if args.galore else ', or --galore'}")
+    return said
 
 
 # ----- a run's files ------------------------------------------------------------------------------------------------
@@ -462,7 +465,7 @@ def training_step(model: Llama, opt: galore.GaLoreAdamW, batches, accumulate: in
     return total
 
 
-def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, tokenizer, stream, val) -> None:
+def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val) -> None:
     device, config, opt = torch.device(args.device), model.config, prepare(model, args)
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
     batches = iter(lambda: stream.batch(args.batch_size, RANK, world()), None)
@@ -484,7 +487,7 @@ def train(model: Llama, args: argparse.Namespace, checkpoint: dict | None, token
     tell(f"lr {args.lr:g} after {args.warmup_steps:,} steps of warm-up, cosine to {args.lr * args.min_lr_ratio:g}, weight decay {args.weight_decay:g}")
     tell(f"{args.steps:,} steps of {step_tokens:,} tokens ({accumulate} x {world()} x {args.batch_size} sequences of {args.seq_len}), {args.steps * step_tokens / 1e6:,.2f} M "
          f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {config.vocab_size:,}")  # fmt: skip
-    show_plan(config, args)
+    show_plan(config, args, said)
 
     log = open_log(args, checkpoint, n) if RANK == 0 else open(os.devnull, "w")
     path = Path(args.out_dir, "checkpoint.pt")
@@ -545,9 +548,9 @@ def main() -> None:
     try:  # whatever can be known to be wrong is said here, before any work
         checkpoint = read_checkpoint(args.out_dir) if args.resume else None
         config = settle(args, checkpoint)
-        fit(config, args, on_this_device)
+        said = fit(config, args, on_this_device)
         if args.plan:
-            return show_plan(config, args)
+            return show_plan(config, args, said)
         if args.compile and (why := why_not_compile(args.device)):
             args.compile = False
             tell(f"torch.compile does not work here, so nothing is compiled, which is slower but gives the same ({why})")
@@ -568,7 +571,7 @@ def main() -> None:
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    train(model, args, checkpoint, tokenizer, stream, val)
+    train(model, args, said, checkpoint, tokenizer, stream, val)
     if world() > 1:
         dist.destroy_process_group()
 

@@ -45,8 +45,8 @@ BASELINE, IN_8_BITS, P_WIDE = "baseline", "8-bit moments and P", "8-bit moments,
 
 
 def round_to_nearest() -> None:
-    write = galore.write
-    galore.write = lambda w, new, random: write(w, new, None)
+    write = galore.write_
+    galore.write_ = lambda w, N, lr, stay, random, compile: write(w, N, lr, stay, None, compile)
 
 
 def wide_basis() -> None:
@@ -105,17 +105,17 @@ class Watch:
 
     def __init__(self):
         self.written = self.elsewhere = self.lost = self.refreshes = self.turns = 0
-        self.write, self.refresh, self.prepare = galore.write, galore.refresh, train.prepare
-        galore.write, galore.refresh, train.prepare = self.on_write, self.on_refresh, self.on_prepare
+        self.write, self.refresh, self.prepare = galore.write_, galore.refresh, train.prepare
+        galore.write_, galore.refresh, train.prepare = self.on_write, self.on_refresh, self.on_prepare
 
     def on_prepare(self, model, args):
         self.opt = self.prepare(model, args)
         return self.opt
 
-    def on_write(self, w, new, random):
-        before, nearest = w.clone(), new.to(w.dtype, copy=True)
-        self.write(w, new, random)
-        if w.dtype != torch.float32:  # else `new` is w itself, and nothing is rounded
+    def on_write(self, w, N, lr, stay, random, compile):
+        before, nearest = w.clone(), (w.float() * stay - N.float() * lr).to(w.dtype)
+        self.write(w, N, lr, stay, random, compile)
+        if w.dtype != torch.float32:  # else nothing is rounded
             self.written += w.numel()
             self.elsewhere += (w != nearest).sum().item()
             self.lost += (w == before).sum().item()
@@ -164,25 +164,30 @@ def worker(variant: str, out_dir: str, *options: str) -> None:
 # ----- all runs -----------------------------------------------------------------------------------------------------
 
 
+def difference(ours: dict, theirs: dict) -> tuple[float, float | None]:
+    """Mean of the differences in %, seed by seed, and its standard error."""
+    differences = [100 * (ours[seed]["loss"] / theirs[seed]["loss"] - 1) for seed in ours if seed in theirs]
+    if not differences:
+        return None, None
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return round(statistics.mean(differences), 2), error and round(error, 2)
+
+
 def summary(runs: dict) -> tuple[list[dict], list[dict]]:
     """The table of what has been run, and the bar."""
-    losses = {name: [run["loss"] for _, run in sorted(runs[name].items(), key=lambda item: int(item[0]))] for name in VARIANTS if runs.get(name)}
-    mean = {name: statistics.mean(x) for name, x in losses.items()}
-    rows = []
-    for name, x in losses.items():
-        row = {"validation loss, nats a byte": name, "seeds": " ".join(f"{loss:.4f}" for loss in x), "mean": round(mean[name], 4),
+    rows, bars, base = [], [], [run["loss"] for run in runs.get(BASELINE, {}).values()]
+    for name in (name for name in VARIANTS if name in runs):
+        x = [run["loss"] for _, run in sorted(runs[name].items(), key=lambda item: int(item[0]))]
+        row = {"validation loss, nats a byte": name, "seeds": " ".join(f"{loss:.4f}" for loss in x), "mean": round(statistics.mean(x), 4),
                "max - min": round(max(x) - min(x), 4), "std": round(statistics.stdev(x), 4) if len(x) > 1 else None}  # fmt: skip
-        if base := losses.get(BASELINE):
-            apart = max(x) < min(base) or min(x) > max(base)
-            row |= {"to baseline, %": round(100 * (mean[name] / mean[BASELINE] - 1), 2),
-                    "ranges": "-" if x is base or len(x) < 2 else "apart" if apart else "overlap"}  # fmt: skip
+        if base and name != BASELINE:
+            row["to baseline, %"], row["standard error"] = difference(runs[name], runs[BASELINE])
+            row["ranges"] = "-" if len(x) < 2 else "apart" if max(x) < min(base) or min(x) > max(base) else "overlap"
         rows.append(row)
-    bars = []
-    if {IN_8_BITS, P_WIDE} <= mean.keys():
-        change, pair = 100 * (mean[IN_8_BITS] / mean[P_WIDE] - 1), (losses[IN_8_BITS], losses[P_WIDE])
-        error = 100 / mean[P_WIDE] * sum(statistics.variance(x) / len(x) for x in pair) ** 0.5 if min(map(len, pair)) > 1 else None
-        bars.append({"bar": "P in 8 bits in place of fp32, moments in 8 bits: change of the loss, %", "value": round(change, 2),
-                     "standard error": error and round(error, 2), "limit": "+-0.3", "met": abs(change) <= 0.3})  # fmt: skip
+    if {IN_8_BITS, P_WIDE} <= runs.keys():
+        value, error = difference(runs[IN_8_BITS], runs[P_WIDE])
+        bars = [{"bar": "P in 8 bits in place of fp32, moments in 8 bits: change of the loss, %", "value": value, "standard error": error,
+                 "limit": "+-0.3", "met": value is not None and abs(value) <= 0.3}]  # fmt: skip
     return rows, bars
 
 
@@ -232,8 +237,10 @@ def main() -> None:
     write(args.out, result)
 
     rows, bars = result["table"], result["bars"]
-    show("ablations", [{key: f"{x:.4f}" if isinstance(x, float) and "%" not in key else x for key, x in row.items()} for row in rows],
-         "(ranges: do those of the seeds' losses lie apart from the baseline's?)")  # fmt: skip
+    digits = {"mean": ".4f", "max - min": ".4f", "std": ".4f"}
+    columns = max(rows, key=len)  # the baseline has none of the last
+    show("ablations", [{key: "-" if row.get(key) is None else format(row[key], digits.get(key, "")) for key in columns} for row in rows],
+         "(standard error: of the difference, seed by seed; ranges: do those of the seeds' losses lie apart from the baseline's?)")  # fmt: skip
     if bars:
         show("bars", [bar | {"met": "yes" if bar["met"] else "NO"} for bar in bars])
     print(f"\nin {args.out}")

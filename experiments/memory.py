@@ -74,10 +74,9 @@ def settled(options: str) -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
-def simulate(options: str, due: bool) -> int:
-    """Peak bytes of a step of `train.py OPTIONS`; with `due`, of one in which the last block's subspace is refreshed."""
-    args, config = settled(options)
-    args.total_batch_size = min(args.total_batch_size, 3 * args.batch_size * train.world())  # first, middle, last
+def simulate(args: argparse.Namespace, config: Config, due: bool) -> int:
+    """Peak bytes of a step of train.py; with `due`, of one in which the last block's subspace is refreshed."""
+    args = train.with_(args, total_batch_size=min(args.total_batch_size, 3 * args.batch_size * train.world()))  # first, middle, last
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Llama(config, "cpu", getattr(torch, args.dtype))
         opt = train.prepare(model, args)
@@ -97,7 +96,7 @@ def measure(options: str) -> dict:
     """Both steps and the plan, in GB (1e9 bytes)."""
     args, config = settled(options)
     table = train.plan(config, args)
-    steps = {"simulated": simulate(options, due=False)} | ({"simulated, refreshing": simulate(options, due=True)} if args.galore else {})
+    steps = {"simulated": simulate(args, config, due=False)} | ({"simulated, refreshing": simulate(args, config, due=True)} if args.galore else {})
     peak = max(steps.values())
     return {"options": options} | {k: v / 1e9 for k, v in steps.items()} | {"peak": peak / 1e9, "plan": sum(table.values()) / 1e9,
             "plan / peak": sum(table.values()) / peak, "plan by kind": {k: v / 1e9 for k, v in table.items()}}  # fmt: skip
