@@ -178,20 +178,23 @@ def adam_(G, state, betas, eps, t, shrink, ok, compile=False) -> Tensor:
 # ----- weights ------------------------------------------------------------------------------------------------------
 
 
-def by_chance(w, N, lr, stay, noise):
-    """stay * w - lr * N, its fp32 value rounded to bf16 up or down by chance; noise: int32, 16 random bits."""
+def moved(w, N, lr, stay, noise):
+    """stay * w - lr * N in w's dtype; with noise, int32 of 16 random bits, an fp32 value is rounded to bf16 up or down by chance."""
     new = w.float() * stay - N.float() * lr
-    return ((new.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32).to(w.dtype)  # bf16 is fp32's upper half
+    if noise is not None:
+        new = ((new.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32)  # bf16 is fp32's upper half
+    return new.to(w.dtype)
 
 
-def write_(w: Tensor, N: Tensor, lr: float, stay: Tensor | float, random: torch.Generator | None, compile: bool = False) -> None:
+def move_(w: Tensor, N: Tensor, lr: float, stay: Tensor, random: torch.Generator | None, compile: bool = False) -> None:
     """w <- stay * w - lr * N. With `random`, bf16 is rounded up or down by chance: updates below its precision survive on average
     (stochastic rounding, as in Q-GaLore 2407.08296 and torchao's bf16_stochastic_round)."""
-    if w.dtype != torch.bfloat16 or random is None:
+    if w.dtype == torch.float32:
         w.mul_(stay).add_(N, alpha=-lr)
     else:
-        noise = torch.randint(1 << 16, w.shape, dtype=torch.int32, device=w.device, generator=random)
-        w.copy_((compiled(by_chance) if compile else by_chance)(w, N, torch.tensor(lr), stay, noise))
+        by_chance = w.dtype == torch.bfloat16 and random is not None
+        noise = torch.randint(1 << 16, w.shape, dtype=torch.int32, device=w.device, generator=random) if by_chance else None
+        w.copy_((compiled(moved) if compile else moved)(w, N, torch.tensor(lr), stay, noise))
 
 
 @cache

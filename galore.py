@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import SLICE, adam_, dequantise, keep, load, narrow, pieces, split, write_, zeros
+from adam8bit import SLICE, adam_, dequantise, keep, load, move_, narrow, pieces, split, zeros
 
 
 # ----- the subspace -------------------------------------------------------------------------------------------------
@@ -163,7 +163,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rank: None for plain AdamW; else r, below the short side of every matrix of the group.
         update_proj_gap: T, steps between refreshes of P. It starts random, and is refreshed four times early on, every `turns`
             steps (at least 2, as M needs a step in the new basis before it can point the way to the next).
-        scale: alpha. offset: P is due in the steps t with t = offset (mod T, or turns), so that groups can take turns.
+        scale: alpha. offset: P is due in the steps t = offset (mod T), and early on likewise in the round of `turns` steps, so that
+            groups can take turns.
 
     Args:
         params: parameters or groups, e.g. from `param_groups`.
@@ -234,7 +235,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if group["rank"] is None or self.exact:
             return group["rank"] is not None and (t - 1) % T == 0
         gap = T if t > 4 * turns + 1 else min(T, turns)
-        return t > 1 and t % gap == group["offset"] % gap
+        return t > 1 and t % gap == group["offset"] * gap // T
 
     def collect(self, p: Tensor) -> Tensor:
         """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
@@ -274,7 +275,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else torch.ones(())
         random = None if self.exact else self.random(p, t)
         for w, N in slices:
-            write_(w, N, lr, stay, random, self.compile)
+            move_(w, N, lr, stay, random, self.compile)
 
         if self.due(p) and not self.exact:
             refresh(state, Y, ok)
@@ -364,7 +365,7 @@ def check(fine: bool, otherwise: str) -> None:
 
 def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale: float = 0.25) -> list[dict]:
     """Groups for GaLoreAdamW: the linear layers inside the model's blocks (attention and MLP matrices) get the rank, a group
-    per block, which refresh in turn, one a step; embedding, head, norms and biases get none.
+    per block, which refresh in turn (block i of L at offset i T / L; early on two in a step); embedding, head, norms and biases get none.
 
     Raises:
         ValueError: no nn.Linear stands in a numbered block.
@@ -376,8 +377,8 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         if p.requires_grad:
             (blocks.setdefault(int(block[1]), []) if block and p in linear else rest).append(p)
     check(len(blocks), "no nn.Linear stands in a numbered block (as model.layers.0): make groups by hand, with the key 'rank'.")
-    common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, turns=max(2, len(blocks)))
-    groups = [dict(params=ps, offset=i, **common) for i, ps in enumerate(blocks.values())]
+    common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, turns=max(2, len(blocks) // 2))
+    groups = [dict(params=ps, offset=-(-i * update_proj_gap // len(blocks)), **common) for i, ps in enumerate(blocks.values())]
     return [*groups, dict(params=rest)]
 
 

@@ -394,7 +394,7 @@ def test_a_proxy_owns_one_number():
 
 
 def test_a_refresh_turns_the_blocks_one_after_the_other():
-    """One block a step: block i of L is due in steps i (mod L) up to step 4 L + 1, and in steps i (mod T) after them."""
+    """The blocks are due four times in the first steps, about two in a step, and then in steps i T / L (mod T), one in a step."""
     changes = {}
 
     def between(step, model, opt):
@@ -404,7 +404,7 @@ def test_a_refresh_turns_the_blocks_one_after_the_other():
     trained("thin", steps=24, between=between)
     # the hook has moved the weights of step s (counted from 0) before `between` sees them: what differs after is step s + 2's
     due = {step + 2: [not torch.equal(a, b) for a, b in zip(changes[step], changes[step + 1])] for step in range(23)}
-    assert [{t for t, d in due.items() if d[i]} for i in range(3)] == [{3, 6, 9, 12, 14, 21}, {4, 7, 10, 13, 15, 22}, {2, 5, 8, 11, 16, 23}]
+    assert [{t for t, d in due.items() if d[i]} for i in range(3)] == [{2, 4, 6, 8, 14, 21}, {2, 4, 6, 8, 10, 17, 24}, {3, 5, 7, 9, 12, 19}]
 
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
@@ -487,7 +487,7 @@ def test_groups_hold_every_parameter_once():
     names = {p: name for name, p in model.named_parameters()}
     ranked = {names[p] for g in groups if g.get("rank") for p in g["params"]}
     assert ranked == {name for name in names.values() if name.endswith("_proj.weight")}
-    assert [(g["offset"], g["turns"]) for g in groups[:-1]] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [(g["offset"], g["turns"]) for g in groups[:-1]] == [(0, 2), (50, 2), (100, 2), (150, 2)]
     with pytest.raises(ValueError, match="numbered block"):
         param_groups(nn.Sequential(), 4)
 

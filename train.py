@@ -94,7 +94,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--weight_decay", type=float, help="decoupled (default: 0)")
     add("--grad_clipping", type=float, help="clip the global norm of the projected gradients to this (default: no)")
     # length and batch
-    add("--steps", type=int, help="default: the paper's for the size; toy: 300")
+    add("--steps", type=int, help="default: the paper's for the size; toy: 600")
     add("--total_batch_size", type=int, help="sequences a step, over micro-batches and processes (default: 512; toy: 8)")
     add("--batch_size", type=int, help="sequences a micro-batch (default: the largest power of two that fits into memory by the plan)")
     add("--activation_checkpointing", action=switch, help="compute activations again in the backward pass instead of keeping them (default: where nothing fits without)")
@@ -221,7 +221,7 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
     thin, micro = r and args.layerwise, args.total_batch_size > args.batch_size * world()
     at_once = args.layerwise and not args.grad_clipping  # a weight moves when its last gradient is there
     arriving = inside if thin else [s.numel() for s in matrices]
-    due = sum(bases[: len(matrices) // n_blocks]) if thin else 0  # Y of the block that is refreshed
+    due = sum(bases[: 2 * len(matrices) // n_blocks]) if thin else 0  # Y of the blocks that are refreshed, two early on
     head = c.vocab_size * c.hidden_size
     everything = sum(arriving) + due + sum(rest)
     waiting = everything if micro else 0  # in the forward pass

@@ -45,8 +45,7 @@ BASELINE, IN_8_BITS, P_WIDE = "baseline", "8-bit moments and P", "8-bit moments,
 
 
 def round_to_nearest() -> None:
-    write = galore.write_
-    galore.write_ = lambda w, N, lr, stay, random, compile: write(w, N, lr, stay, None, compile)
+    galore.move_ = lambda w, N, lr, stay, random, compile: w.copy_(w.float() * stay - N.float() * lr)  # rounded once
 
 
 def wide_basis() -> None:
@@ -105,8 +104,8 @@ class Watch:
 
     def __init__(self):
         self.written = self.elsewhere = self.lost = self.refreshes = self.turns = 0
-        self.write, self.refresh, self.prepare = galore.write_, galore.refresh, train.prepare
-        galore.write_, galore.refresh, train.prepare = self.on_write, self.on_refresh, self.on_prepare
+        self.write, self.refresh, self.prepare = galore.move_, galore.refresh, train.prepare
+        galore.move_, galore.refresh, train.prepare = self.on_write, self.on_refresh, self.on_prepare
 
     def on_prepare(self, model, args):
         self.opt = self.prepare(model, args)
@@ -135,7 +134,7 @@ class Watch:
         P, first = (galore.load(state, "P").float() for state in (end, start))
         overlap = ((first.T @ P).square().sum() / P.shape[1]).item()  # 1: the same subspace; r / m: no more than chance
         name = lambda x: str(x.dtype).removeprefix("torch.")  # noqa: E731
-        rounding = "none" if not self.written else "stochastic" if self.elsewhere else "nearest"
+        rounding = "none" if not self.written else "stochastic" if self.elsewhere > 0.1 * self.written else "nearest"
         seen = dict(weights=name(p), P=name(end["P"]), M=name(end["M"]), rounding=rounding, refreshed=self.refreshes > 0,
                     turned=self.turns > 0, P_moved=overlap < 0.95)  # fmt: skip
         numbers = {"refreshes": self.refreshes, "refreshes that turned the moments": self.turns, "P's overlap with the first": overlap,
@@ -195,7 +194,7 @@ def write(path: Path, result: dict) -> None:
     """All that is there so far; the file is whole at any time."""
     result["table"], result["bars"] = summary(result["runs"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".part").move_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".part").replace(path)
 
 

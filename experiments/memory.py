@@ -9,7 +9,8 @@ Fake tensors have shapes, but no memory, so this needs no GPU and no more than a
 train.prepare and train.training_step: forward, backward, hooks, update, refresh. PyTorch's MemTracker sees each tensor
 that comes and goes; the peak is that of the whole step, everything counted that is a tensor: weights, states, accumulators,
 activations, logits, temporaries of the update. Two steps are taken apart: one in which nothing is refreshed, and one in
-which the last block is, which is the first in the backward pass, when all activations are there; the larger one counts.
+which the last block is (the first in the backward pass, when all activations are there), and as early on another one, too;
+the larger one counts.
 
 Left out: the CUDA context (about half a GB), workspaces inside kernels, fragmentation of the allocator; torch.compile, which
 saves memory (fewer activations are kept, temporaries of the update never exist) but does not run on fake tensors.
@@ -80,8 +81,10 @@ def simulate(args: argparse.Namespace, config: Config, due: bool) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Llama(config, "cpu", getattr(torch, args.dtype))
         opt = train.prepare(model, args)
-        for group in opt.param_groups:  # far from the first steps
-            group["t"] = 1000 * args.update_proj_gap - 1 + config.num_hidden_layers - due if args.galore else 1000
+        last = opt.param_groups[-2 if args.galore else 0]
+        early = 2 * last["turns"] + last["offset"] * last["turns"] // last["update_proj_gap"]
+        for group in opt.param_groups:
+            group["t"] = early - 1 if due else 1000 * last["update_proj_gap"]
         states = [opt.init(p) for p in opt.group]
         opt.arm()
         tokens = torch.zeros(args.batch_size, args.seq_len, dtype=torch.long)
