@@ -1739,7 +1739,7 @@ def test_no_memory_names_what_would_fit(monkeypatch, tmp_path, capsys):
     """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would fit."""
     monkeypatch.setattr(train, "free_memory", lambda args: 20.5)
     output, code = run_here(monkeypatch, tmp_path, capsys, *"--size 7b --galore --rank 1024 --dtype bfloat16 --device cpu --vocab_size 32000".split())
-    assert code == 2 and "this run needs about" in output and "has 20.5 GB free; with" in output and "it would fit" in output
+    assert code == 2 and "this run needs about" in output and "has 20.5 GB for it; with" in output and "it would fit" in output
 
 
 def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkeypatch, tmp_path, capsys):
