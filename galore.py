@@ -73,7 +73,7 @@ def refresh(state: dict[str, Tensor], Y: Tensor, ok: Tensor) -> None:
 
     A trace of the old basis in Y keeps the old directions where the gradient has none (rank deficient, or zero): else the
     last columns of P would be rounding noise, which Adam scales up to full size. It also bounds the spread of the singular
-    values. (1e-3 in place of 1e-6: toy, 600 steps, validation loss 1.849 against 1.874; and two runs that differ by rounding
+    values. (1e-3 in place of 1e-6: toy, 600 steps, one seed, validation loss 1.849 against 1.874; two runs that differ by rounding
     alone, 1 micro-batch or 2, were 160 times closer after 24 steps.) Nothing changes if `ok` is False or Y is not finite.
 
     With S = P_new' P_old: M <- S M, and V <- (S o S) V, which stays >= 0 (right for a variance if the entries of a column of
