@@ -112,15 +112,15 @@ class ThinLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, proxy, out: int, input_side: bool, checkpointed: bool, P, P_scale, M, M_scale):
         ctx.input_side = input_side
-        XP = x.flatten(0, -2) @ dequantise(P, P_scale, True).to(x.dtype) if input_side and not checkpointed else None
+        XP = x.reshape(-1, x.shape[-1]) @ dequantise(P, P_scale, True).to(x.dtype) if input_side and not checkpointed else None
         ctx.save_for_backward(x if XP is None or M is not None else None, XP, P, P_scale, M, M_scale)
         return x.new_zeros(1).expand(*x.shape[:-1], out)  # owns one number
 
     @staticmethod
     def backward(ctx, D):
         x, XP, P, P_scale, M, M_scale = ctx.saved_tensors
-        D = D.flatten(0, -2)
-        X = None if x is None else x.flatten(0, -2).to(D.dtype)  # the casts matter under autocast only
+        D = D.reshape(-1, D.shape[-1])
+        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # the casts matter under autocast only
         A, B = (X, D) if ctx.input_side else (D, X)
         AP = A @ dequantise(P, P_scale, True).to(D.dtype) if XP is None else XP.to(D.dtype)
         R = AP.T @ B
@@ -256,9 +256,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         All in slices, a weight in at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
         """
         state, group = self.state[p], self.group[p]
-        lr, t, n = group["lr"], group["t"] + 1, max(p.shape)
+        lr, t = group["lr"], group["t"] + 1
         if "P" in state:
-            R, Y = R[:, :n], R[:, n:].T
+            R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
         ok = norm(R).isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
@@ -288,7 +288,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
               "it was used outside its nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
         waiting = [p for p in self.group if self.proxies.get(p, p).grad is not None]
         collected, ok, shrink = map(self.collect, waiting), None, torch.ones(())  # one at a time, as `move` asks for them ...
-        if self.max_norm is not None:  # ... or all, to know their norm first
+        if self.max_norm is not None and waiting:  # ... or all, to know their norm first
             collected = list(collected)
             norms = [norm(R[:, : max(p.shape)] if "P" in self.state[p] else R) for p, R in zip(waiting, collected)]
             self.norm = norm(torch.stack(norms))
@@ -348,7 +348,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float32)
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def average(x: Tensor) -> Tensor:

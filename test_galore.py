@@ -580,6 +580,24 @@ def test_a_training_step_has_no_graph_breaks(checkpointed):
     assert not dynamo.counters["graph_break"] and dynamo.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_odd_parameters(max_norm):
+    """A 0-dim parameter, float64, a vector through a thin layer, and a step without any gradient."""
+    scale, wide = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(12, 20, dtype=torch.float64))
+    opt = GaLoreAdamW([dict(params=[scale]), dict(params=[wide], rank=4)], lr=0.1, max_norm=max_norm)
+    opt.step()
+    (scale * wide.sum()).backward()
+    opt.step()
+    assert scale < 1 and (wide < 1).any()
+    layer = nn.Linear(12, 20)
+    opt = GaLoreAdamW([dict(params=[layer.weight], rank=4), dict(params=[layer.bias])], max_norm=max_norm)
+    thin(layer, opt)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(12)).sum().backward()
+    opt.step()
+    assert not torch.equal(before, layer.weight)
+
+
 def test_model_and_optimiser_are_freed():
     """No hook keeps a thin model or its optimiser alive after their last use."""
     model = Net()
@@ -1833,9 +1851,9 @@ def test_the_plan_chooses(monkeypatch):
 
     config, args, said = planned("--size 1b", 20.0)
     assert train.peak(config, args) < 20.0 < train.peak(config, train.with_(args, batch_size=2 * args.batch_size))
-    assert not args.activation_checkpointing and f"--batch_size {args.batch_size}: the most that fits into 20.0 GB" in said
+    assert not args.activation_checkpointing and f"--batch_size {args.batch_size}: the largest that divides the batch and fits into 20.0 GB" in said
     config, args, said = planned("--size 7b", 23.0)
-    assert args.activation_checkpointing and "--activation_checkpointing: the most" in said and train.peak(config, args) < 23.0
+    assert args.activation_checkpointing and "--activation_checkpointing: the largest" in said and train.peak(config, args) < 23.0
     config, args, said = planned("--size 7b --no-activation_checkpointing", 23.0)
     assert not args.activation_checkpointing and args.batch_size == 1 and "--activation_checkpointing" not in said
     config, args, said = planned("--size 60m --batch_size 4", 24.0)

@@ -452,7 +452,9 @@ def main() -> None:
             report.part(name, status="done", seconds=round(time.monotonic() - start))
         except Exception as error:  # whatever it is: the next part may work
             report.part(name, status="failed", seconds=round(time.monotonic() - start), error=f"{type(error).__name__}: {error}"[:2000])
-    report.write(f"\nwritten to {args.out}; bars not met: {', '.join(bar['name'] for bar in report.all['bars'] if bar['met'] is False) or 'none'}")
+    failed = [name for name, part in report.all["parts"].items() if part["status"] != "done"]
+    report.write(f"\nwritten to {args.out}; parts skipped or failed: {', '.join(failed) or 'none'}; bars not met: "
+                 f"{', '.join(bar['name'] for bar in report.all['bars'] if bar['met'] is False) or 'none'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -68,10 +68,15 @@ class Tracker(MemTracker):
 
 
 def settled(options: str) -> tuple[argparse.Namespace, Config]:
-    """What train.py makes of its options. ValueError for what it refuses."""
-    args = train.arguments().parse_args([*options.split(), "--plan", "--device", "cpu"])
-    config = train.settle(args, None)
-    train.fit(config, args, on_this_device=False)
+    """What train.py makes of its options; what it refuses is refused here."""
+    parser = train.arguments()
+    args = parser.parse_args([*options.split(), "--plan"])
+    args.device, args.dtype = "cpu", args.dtype or "bfloat16"
+    try:
+        config = train.settle(args, None)
+        train.fit(config, args, on_this_device=False)
+    except ValueError as error:
+        parser.error(str(error))
     return args, config
 
 
@@ -141,6 +146,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the same cases with two blocks in place of 24 or 32: figures that mean nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "memory.json", help="where the figures go")
     args, options = parser.parse_known_args()
+    if options and args.quick:
+        parser.error("--quick goes with the cases of the table, not with options of train.py: leave one of the two out.")
     if options:
         row = measure(" ".join(options))
         for name in ("simulated", "simulated, refreshing", "plan"):
