@@ -21,11 +21,15 @@ One step, for a weight matrix W with gradient G:
 The gradient of a linear layer is a product over tokens, so R = P'G needs no G: `ThinLinear` multiplies in the other order.
 That is the same number, takes no memory for a gradient, and less arithmetic than full-rank training.
 
-Any model, any loop:                           The gradient never formed, each weight moved during the backward pass:
+Any model, any loop:
     opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
-                                                   thin(model, opt, accumulate=4)
-    loss.backward()                                for x, y in four_micro_batches: (model(x, y) / 4).backward()
-    opt.step(); opt.zero_grad()                    opt.step()
+    loss.backward()
+    opt.step(); opt.zero_grad()
+The gradient never formed, each weight moved during the backward pass:
+    opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
+    thin(model, opt, accumulate=4)
+    for x, y in four_micro_batches: (model(x, y) / 4).backward()
+    opt.step()
 
 References: GaLore, arXiv 2403.03507 (algorithms 1, 2; `exact=True` is the paper to the letter); subspace by warm power iteration
 and moments that turn with it: LDAdam, arXiv 2410.16103; shifted Cholesky-QR: Fukaya et al., arXiv 1809.11085; Adam 1412.6980, AdamW 1711.05101.

@@ -194,7 +194,7 @@ def write(path: Path, result: dict) -> None:
     """All that is there so far; the file is whole at any time."""
     result["table"], result["bars"] = summary(result["runs"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").move_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".part").replace(path)
 
 
