@@ -303,7 +303,7 @@ def correct(report) -> None:
             ends[name] = torch.stack(losses[-5:]).mean().item()
             report.row(f"60M, bf16, 30 steps on 4 batches, {name}", **{"first loss": losses[0].item(), "last five": ends[name]})
     noise, off = abs(ends["eager"] - ends["rounded otherwise"]), abs(ends["eager"] - ends["compiled"]) if report.compiler else None
-    report.bar("60M, loss, compiled off eager", off, "<=", max(3 * noise, 0.01 * ends["eager"]))
+    report.bar("60M, loss, compiled off eager", off, "<=", max(3 * noise, 0.03 * ends["eager"]))
     report.bar("60M, graphs compiled after step 4", graphs["unique_graphs"] - early if report.compiler else None, "<=", 0)
 
     waits = 0 if torch.cuda.is_initialized() else None
