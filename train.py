@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import sys
 import time
