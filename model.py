@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Config:
     """Shape of a model. Raises ValueError if the heads do not divide as they must."""
     vocab_size: int
@@ -81,7 +81,7 @@ SIZES: dict[str, dict] = {  # Config(vocab_size=..., **SIZES[name])
 # The block
 
 class Normalise(torch.autograd.Function):
-    """weight * x / rms(x), which keeps x and nothing else (autograd would keep two or three more of its size)."""
+    """weight * x / rms(x), which keeps x and nothing else of its size (autograd would keep two or three)."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)    # (B, T, 1)

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adam8bit
 import data
+import galore
 import model as model_file
 import train
 from galore import GaLoreAdamW, orthonormal, param_groups, refresh, thin
@@ -578,6 +579,21 @@ def test_a_training_step_has_no_graph_breaks(checkpointed):
     eager, compiled = losses(False), losses(True)
     assert np.allclose(eager, compiled, rtol=1e-5)
     assert not dynamo.counters["graph_break"] and dynamo.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_updates_in_slices_are_updates(bits, monkeypatch):
+    """Moments, weights and bases moved 512 values at a time end where whole ones do: rows of blocks, odd sizes, with and without rank."""
+    monkeypatch.setattr(adam8bit, "SMALLEST", 256)
+    ends = []
+    for size in (1 << 22, 512):
+        for module in (adam8bit, galore):
+            monkeypatch.setattr(module, "SLICE", size)
+        ps = parameters((64, 96), (96, 64), (33, 131), (40, 64), (1500,))
+        opt = GaLoreAdamW([dict(params=ps[:3], rank=24, update_proj_gap=3), dict(params=ps[3:])], lr=0.01, weight_decay=0.1, state_bits=bits)
+        walk([opt], [ps], 9)
+        ends.append(ps)
+    assert apart(*ends) < 1e-5 and apart(ends[0], parameters((64, 96), (96, 64), (33, 131), (40, 64), (1500,))) > 0.01
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])

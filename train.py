@@ -26,7 +26,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -196,9 +196,9 @@ def tell(line: str) -> None:
 
 
 @cache
-def shapes(config: tuple) -> tuple[list[torch.Size], list[int], int]:
+def shapes(config: Config) -> tuple[list[torch.Size], list[int], int]:
     """Of the matrices in the blocks; sizes of the other parameters; number of blocks."""
-    *blocks, others = galore.param_groups(Llama(Config(*config), device="meta"), rank=1)
+    *blocks, others = galore.param_groups(Llama(config, device="meta"), rank=1)
     return [p.shape for block in blocks for p in block["params"]], [p.numel() for p in others["params"]], len(blocks)
 
 
@@ -206,11 +206,11 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
     """Bytes by kind at the fullest moment of a training step, from shapes alone.
 
     Weights and state are exact. The rest follows the eager step (a compiled one takes less), moment by moment. It was within 1.1% of
-    the real step on fake tensors in 30 cases of the sizes above 60m (experiments/memory.py; a test holds 3%); models of two blocks
+    the real step on fake tensors in 30 cases from 60m up (experiments/memory.py; a test holds 3%); models of two blocks
     or micro-batches of a few tokens have been up to 14% off.
     """
     c, w, r = config, 4 if args.dtype == "float32" else 2, args.rank if args.galore else None
-    matrices, rest, n_blocks = shapes(astuple(c))
+    matrices, rest, n_blocks = shapes(c)
     inside = [r * max(s) if r else s.numel() for s in matrices]  # values of R
     bases = [r * min(s) if r else 0 for s in matrices]  # values of P
 
@@ -324,7 +324,8 @@ def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> str:
            f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} times {world()} process(es)")  # fmt: skip
     if args.plan:
         return said
-    flops = 6 * Llama(config, device="meta").num_parameters() * args.steps * args.total_batch_size * args.seq_len
+    matrices, rest, _ = shapes(config)
+    flops = 6 * (sum(s.numel() for s in matrices) + sum(rest)) * args.steps * args.total_batch_size * args.seq_len
     refuse(args.device == "cpu" and not on_this_device and flops > 3e18,
            f"no GPU was found, and on a CPU this run would take about {flops / 1e11 / 3.15e7:,.0f} years: run it where torch sees a GPU, take a "
            f"smaller --size or fewer --steps, or say --device cpu to start all the same (--plan shows the memory it needs)")  # fmt: skip
