@@ -596,6 +596,32 @@ def test_updates_in_slices_are_updates(bits, monkeypatch):
     assert apart(*ends) < 1e-5 and apart(ends[0], parameters((64, 96), (96, 64), (33, 131), (40, 64), (1500,))) > 0.01
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_decay_and_rounding_of_bf16_weights(exact):
+    """Without a gradient 100 steps of decay 1e-3 shrink bf16 weights to 0.905 on average; exact=True rounds to nearest, where each such step is lost."""
+    p = nn.Parameter(torch.linspace(1, 2, 4096).bfloat16())
+    before, opt = p.detach().float(), GaLoreAdamW([p], lr=0.01, weight_decay=0.1, exact=exact)
+    for _ in range(100):
+        p.grad = torch.zeros_like(p)
+        opt.step()
+    shrunk = (p.detach().float() / before).mean().item()
+    assert shrunk == 1 if exact else abs(shrunk - 0.999**100) < 1e-3
+    assert math.isclose(galore.norm(before.bfloat16()), before.bfloat16().double().norm(), rel_tol=1e-6)
+
+
+def test_backward_passes_written_by_hand():
+    """Normalise and SwiGLU have the gradients that autograd finds for torch's own functions, with weights other than one."""
+    torch.manual_seed(0)
+    x, weight, gate, up = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 24), (24,), (2, 5, 24), (2, 5, 24)))
+    for ours, theirs, inputs in (
+        (model_file.Normalise.apply(x, weight, 1e-6), F.rms_norm(x, (24,), weight, 1e-6), (x, weight)),
+        (model_file.SwiGLU.apply(gate, up), F.silu(gate) * up, (gate, up)),
+    ):
+        D = torch.randn_like(ours)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours, inputs, D), torch.autograd.grad(theirs, inputs, D))
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_odd_parameters(max_norm):
     """A 0-dim parameter, float64, a vector through a thin layer, and a step without any gradient."""
