@@ -269,8 +269,9 @@ def show_plan(config: Config, args: argparse.Namespace, said: str) -> None:
     for table in (ours, theirs):
         table["optimiser state: P, M, V"] = sum(n for kind, n in table.items() if kind[0] in "PM")
     tell(f"{'bytes, when they are most':<31}{'this run':>12}{'full-rank AdamW':>18}")
+    unit, size = ("GB", 1e9) if peak(config, args) > 1 else ("MB", 1e6)
     for kind in ours:
-        tell(f"{kind:<31}{ours[kind] / 1e9:9.3f} GB{theirs[kind] / 1e9:15.3f} GB")
+        tell(f"{kind:<31}{ours[kind] / size:9.3f} {unit}{theirs[kind] / size:15.3f} {unit}")
     where = "no GPU here; a 24 GiB card" if args.card else args.device
     tell(f"{accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} tokens a step; {where} has {free:.2f} GB for it"
          f"{'' if peak(config, args) < free else ': THIS RUN DOES NOT FIT'}")  # fmt: skip
