@@ -174,8 +174,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         params: parameters or groups, e.g. from `param_groups`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's (decay is decoupled, and not projected).
         state_bits: 32, or 8 for moments and P in blockwise 8-bit codes (adam8bit.py).
-        max_norm: clip the global norm of all R (and of the gradients that are not projected) to this; it is `norm` after a
-            step, and below the norm of the full gradients.
+        max_norm: clip the global norm of all R (and of the gradients that are not projected) to this. Clipped or not, it is
+            `norm` after a step, and below the norm of the full gradients.
         exact: the paper and its code to the letter: P from an SVD of G before G is projected, in steps 1, T + 1, ...,
             moments not turned, P never in 8 bits, nearest rounding. Plain way only.
         compile: fuse the Adam step with torch.compile.
@@ -198,6 +198,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.state_bits, self.max_norm, self.exact, self.compile, self.seed = state_bits, max_norm, exact, compile, seed
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
         self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
+        self.norms = []  # of each R of the step under way
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
                                       update_proj_gap=200, offset=0, turns=2, proj_type="std", t=0))  # fmt: skip
 
@@ -252,7 +253,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             R = load(state, "P").to(G.dtype).T @ G
             if self.due(p) and not self.exact:
                 R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
-        return average(R)
+        R = average(R)
+        self.norms.append(norm(R[:, : max(p.shape)] if "P" in state else R))
+        return R
 
     def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor = torch.ones(())) -> None:
         """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
@@ -263,7 +266,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         lr, t = group["lr"], group["t"] + 1
         if "P" in state:
             R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
-        ok = norm(R).isfinite() if ok is None else ok  # V, its squares, too
+        ok = self.norms[-1].isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
         N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
@@ -282,7 +285,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             move_(w, N, lr, stay, random, self.compile)
 
         if self.due(p) and not self.exact:
-            refresh(state, Y, ok)
+            self.refresh(state, Y, ok)
+
+    refresh = staticmethod(refresh)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -294,11 +299,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         collected, ok, shrink = map(self.collect, waiting), None, torch.ones(())  # one at a time, as `move` asks for them ...
         if self.max_norm is not None and waiting:  # ... or all, to know their norm first
             collected = list(collected)
-            norms = [norm(R[:, : max(p.shape)] if "P" in self.state[p] else R) for p, R in zip(waiting, collected)]
-            self.norm = norm(torch.stack(norms))
-            ok, shrink = self.norm.isfinite(), (self.max_norm / (self.norm + 1e-6)).clamp(max=1)
+            total = norm(torch.stack(self.norms))
+            ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
         for p, R in zip(waiting, collected):
             self.move(p, R, ok, shrink)
+        self.norm = norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
+        self.norms.clear()
         for group in self.param_groups:
             group["t"] += 1
         self.skipped, self.bad = self.skipped + (self.bad > 0), torch.zeros(())
@@ -349,6 +355,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for proxy in self.proxies.values():
             proxy.grad = None
         self.passes.clear()
+        self.norms.clear()
 
 
 def norm(x: Tensor) -> Tensor:

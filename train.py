@@ -10,8 +10,9 @@ Pre-train a LLaMA, with GaLore or without.
 Without --galore the same loop is full-rank AdamW, and with --state_bits 8, 8-bit Adam. What is not given comes from the
 paper's recipe for the size (GaLore, arXiv 2403.03507, table 5 and section 5), and is printed before anything starts.
 
-A run lives in --out_dir: log.jsonl (first line: all arguments and versions) and checkpoint.pt. Ctrl-C saves and leaves;
---resume --out_dir DIR goes on, with the arguments of the run where none are given, to the same losses bit for bit (CPU).
+A run lives in --out_dir: log.jsonl (first line: all arguments and versions; then a line a step) and checkpoint-STEP.pt. Ctrl-C, SIGTERM
+and a closed terminal save and leave; --resume --out_dir DIR goes on from the newest checkpoint, with the arguments of the run where none
+are given and with any number of processes, to the same losses (bit for bit on a CPU and as many processes).
 
 Left out on purpose: mixed precision (weights, gradients and activations have one dtype, as in the paper), early stopping,
 sweeps, trackers.
@@ -26,8 +27,11 @@ import resource
 import signal
 import sys
 import time
+import zlib
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # no gaps in a full GPU; must stand before torch starts
@@ -59,7 +63,8 @@ RECIPES = {
 RECIPES["init"] = PAPER | dict(steps=1000, rank=128)  # --init: whatever its shape
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "exact", "state_bits", "dtype", "seed")  # not on resume
 PER_START = ("resume", "out_dir", "plan", "device", "card")  # not taken over from a checkpoint
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets it
+PATIENCE = 20  # steps in a row whose gradients are not finite, before a run stops
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
 N_VOCAB = {"gpt2": 50257, "bytes": 257}  # so that --plan needs no download
 
 
@@ -91,7 +96,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--warmup_steps", type=int, help="default: a tenth of the steps")
     add("--min_lr_ratio", type=float, help="the cosine ends at this share of --lr (default: 0.1)")
     add("--weight_decay", type=float, help="decoupled (default: 0)")
-    add("--grad_clipping", type=float, help="clip the global norm of the projected gradients to this (default: no)")
+    add("--grad_clipping", type=float, help="clip the global norm of the projected gradients to this (default: 0, no clipping)")
     # length and batch
     add("--steps", type=int, help="default: the paper's for the size; toy: 600")
     add("--total_batch_size", type=int, help="sequences a step, over micro-batches and processes (default: 512; toy: 8)")
@@ -102,8 +107,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--eval_every", type=int, help="steps (default: a fifth of all)")
     add("--eval_tokens", type=int, help="validation tokens, always the same first ones (default: 10 million; toy: 65,536)")
     add("--save_every", type=int, help="steps between checkpoints (default: a tenth of all, at most 1000)")
+    add("--keep", type=int, help="how many checkpoints stay, the newest (default: 1)")
     add("--out_dir", help="default: out/SIZE-METHOD, numbered if that is taken")
-    add("--resume", action="store_true", default=None, help="go on with the run in --out_dir")
+    add("--resume", action="store_true", default=None, help="go on with the run in --out_dir, from its newest checkpoint")
+    add("--tensorboard", action=switch, help="what goes to log.jsonl goes to TensorBoard, too (needs the package tensorboard)")
     add("--sample", metavar="PROMPT", help="what the sample at the end begins with")
     add("--seed", type=int, help="of weights and rounding (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -116,14 +123,16 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     a = vars(args)
     given = {k for k in a if a[k] is not None}
     for k, old in (checkpoint["args"] if checkpoint else {}).items():
-        if k not in given:
+        if k not in a:
+            tell(f"the run had {k} {old}, which this version of train.py does not know: left out")
+        elif k not in given:
             a[k] = old
         elif a[k] != old and k in FIXED:
             raise ValueError(f"the run in {args.out_dir} has {k} {old}, not {a[k]}: that cannot change; take another --out_dir")
         elif a[k] != old:
             tell(f"{k} was {old} and is {a[k]} from here on")
-    if checkpoint and "total_batch_size" in given and "batch_size" not in given:
-        args.batch_size = None  # was chosen for another total
+    if checkpoint and "batch_size" not in given and args.total_batch_size % (args.batch_size * world()):
+        args.batch_size = None  # was for another total, or another number of processes
     refuse(args.init and not checkpoint and (args.size or args.vocab_size), "--init brings its shape and vocabulary along: leave --size and --vocab_size out")
     args.size = args.size or ("init" if args.init else "toy")
     refuse(args.size not in RECIPES, f"there is no size {args.size!r}; there are {', '.join(SIZES)}")
@@ -137,25 +146,31 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
             a[k] = v if a[k] is None else a[k]
 
     default(galore=False, exact=False, seed=0, steps=recipe["steps"], data=recipe["data"], seq_len=recipe["seq_len"], data_url=C4_URL, keep_shards=0,
-            device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
+            keep=1, tensorboard=False, grad_clipping=0.0, device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
     refuse(args.data_url != C4_URL and args.data != "c4", f"--data_url says where C4 is, and has no effect with --data {args.data}")
     kind, gpu = args.device.split(":")[0], args.device.startswith("cuda")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     refuse(not there.get(kind), f"--device {args.device} is not there: torch sees {', '.join(k for k in there if there[k])} here")
+    if world() > 1 and args.device == "cuda":
+        refuse(LOCAL_RANK >= (count := torch.cuda.device_count()), f"there is no GPU for process {LOCAL_RANK + 1} of this machine: torchrun --nproc_per_node={count}")
+        args.device = f"cuda:{LOCAL_RANK}"
+    refuse(world() > 1 and kind == "mps", "several processes work on CUDA or CPUs, not on mps: start one")
     default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
             weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"],
             dtype="bfloat16" if args.size != "toy" and (gpu or args.plan and "device" not in given) else "float32", compile=gpu,
             tokenizer="bytes" if args.data == "python" else recipe["tokenizer"], sample="def " if args.data == "python" else "The",
             warmup_steps=args.steps // 10, eval_every=max(1, args.steps // 5), save_every=min(max(1, args.steps // 10), 1000))  # fmt: skip
+    refuse(args.tensorboard and not find_spec("tensorboard"), "--tensorboard needs a package: pip install tensorboard (log.jsonl has the same without it)")
     if args.galore:
         default(rank=recipe["rank"], update_proj_gap=recipe["update_proj_gap"], galore_scale=0.25)
 
-    for k in ("steps", "seq_len", "total_batch_size", "batch_size", "eval_every", "eval_tokens", "save_every", "update_proj_gap", "lr",
-              "galore_scale", "grad_clipping", "vocab_size"):  # fmt: skip
+    for k in ("steps", "seq_len", "total_batch_size", "batch_size", "eval_every", "eval_tokens", "save_every", "keep", "update_proj_gap",
+              "lr", "galore_scale", "vocab_size"):  # fmt: skip
         refuse(a[k] is not None and not 0 < a[k] < math.inf, f"--{k} is {a[k]}, but must be above zero, and finite")
     refuse(not 0 <= args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} must lie between 0 and --steps {args.steps}")
     refuse(not 0 <= args.min_lr_ratio <= 1, f"--min_lr_ratio {args.min_lr_ratio} must lie between 0 and 1")
-    refuse(not 0 <= args.weight_decay < math.inf, f"--weight_decay {args.weight_decay} must be 0 or more, and finite")
+    for k in ("weight_decay", "grad_clipping"):
+        refuse(not 0 <= a[k] < math.inf, f"--{k} is {a[k]}, but must be 0 or more, and finite")
     refuse(not 0 <= args.seed < 2**63, f"--seed {args.seed} must lie between 0 and 2^63 - 1")
     refuse(not args.sample, "--sample is empty: give it at least one letter to begin with")
     refuse(checkpoint and args.steps < checkpoint["step"], f"the run has taken {checkpoint and checkpoint['step']} steps already, more than --steps {args.steps}")
@@ -187,9 +202,10 @@ def why_not_compile(device: str) -> str | None:
 
 
 def tell(line: str) -> None:
-    """To the user, once, and past the progress bar."""
+    """To the user, once, and past the progress bar. A terminal that is gone, or output to a full disk, does not end a run."""
     if RANK == 0:
-        tqdm.write(line)
+        with suppress(OSError):
+            tqdm.write(line)
 
 
 # ----- memory, before any of it is taken ----------------------------------------------------------------------------
@@ -291,8 +307,8 @@ def with_(args: argparse.Namespace, **changes) -> argparse.Namespace:
 
 def free_memory(args: argparse.Namespace) -> float:
     """GB that a run may take on the device; infinite if that cannot be known; for a plan without a GPU, a 24 GiB card's."""
-    if args.device.startswith("cuda"):
-        return 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9  # the rest goes to workspaces of kernels, and to gaps
+    if args.device.startswith("cuda"):  # the fullest of all, so that all choose alike
+        return -0.97 * highest(-torch.cuda.mem_get_info(args.device)[0]) / 1e9  # the rest goes to workspaces of kernels, and to gaps
     if args.card:
         return 0.97 * (24 * 2**30 - 5e8) / 1e9  # half a GB is CUDA's own
     try:
@@ -305,6 +321,13 @@ def free_memory(args: argparse.Namespace) -> float:
 
 def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def highest(value: float) -> float:
+    """Of all processes. It goes over gloo, from host to host: no GPU waits for it."""
+    if dist.is_initialized():
+        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
+    return float(value)
 
 
 def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> str:
@@ -343,8 +366,10 @@ def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> str:
 # ----- a run's files ------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, **what) -> bool:
-    """Writes a checkpoint beside `path` and renames it: there is always a whole one. A full disk is told, not fatal."""
+def save(folder: Path, keep: int, **what) -> bool:
+    """Writes checkpoint-STEP.pt beside its name and renames it, then deletes all but the `keep` newest: there is always a whole one.
+    Tensors go to disk one at a time, without a copy of them all. A full disk is told, not fatal."""
+    path = folder / f"checkpoint-{what['step']:08d}.pt"
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as f:
@@ -352,24 +377,33 @@ def save(path: Path, **what) -> bool:
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+        for old in checkpoints(folder)[:-keep]:
+            old.unlink()
         return True
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         tell(f"step {what['step']}: the checkpoint could not be written ({error}); the one before stays, the next save tries again")
         return False
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
 def read_checkpoint(folder: str | None) -> dict:
-    """ValueError if there is none, or not a whole one. The tensors stay on disk until they are used."""
-    runs = ", ".join(str(path.parent) for path in sorted(Path("out").glob("*/checkpoint.pt"))) or "none in ./out"
+    """The newest one. ValueError if there is none, or not a whole one. The tensors stay on disk until they are used."""
+    runs = ", ".join(sorted({str(path.parent) for path in Path("out").glob("*/checkpoint-*.pt")})) or "none in ./out"
     refuse(not folder, f"--resume needs --out_dir, the folder of the run to go on with; there are: {runs}")
-    path = Path(folder) / "checkpoint.pt"
-    refuse(not path.exists(), f"{folder} holds no checkpoint.pt to resume from: leave --resume out to start there")
+    refuse(not checkpoints(Path(folder)), f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start there")
+    *older, path = checkpoints(Path(folder))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return checkpoint | {"args": dict(checkpoint["args"]), "step": int(checkpoint["step"])}
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it was cut short, or is no checkpoint") from None
+        instead = f"; without it the run goes on from {older[-1].name}" if older else ""
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it was cut short, or is no checkpoint{instead}") from None
 
 
 def choose_out_dir(args: argparse.Namespace) -> None:
@@ -390,20 +424,66 @@ def writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
-def open_log(args: argparse.Namespace, checkpoint: dict | None, parameters: int):
-    """log.jsonl, open for more: at first, and where a resumed run has other arguments, a line with all of them; and of the old
-    lines those up to the checkpoint."""
-    path, start, lines = Path(args.out_dir, "log.jsonl"), checkpoint["step"] if checkpoint else 0, []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if start and path.exists():  # a last line that a crash cut short has no line end
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line).get("step", 0) <= start]
-    if not lines or kept(args) != checkpoint["args"]:
-        gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-        versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu)
-        lines.append(json.dumps(dict(args=vars(args), versions=versions, parameters=parameters) | ({"step": start} if start else {})) + "\n")
-    path.with_suffix(".part").write_text("".join(lines))
-    path.with_suffix(".part").replace(path)
-    return open(path, "a", buffering=1)
+class Log:
+    """log.jsonl, and TensorBoard with it, of the first process. Lines that a full disk does not take wait in memory for the next time.
+
+    At first, and where a resumed run has other arguments, comes a line with all of them; what was written after the checkpoint goes.
+    """
+
+    def __init__(self, args: argparse.Namespace, checkpoint: dict | None, parameters: int):
+        self.path, self.waiting, self.full, self.board, lines = Path(args.out_dir, "log.jsonl"), [], False, None, []
+        if RANK:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True)[: checkpoint["log_lines"]] if line.endswith("\n")]
+        start = dict(step=checkpoint["step"]) if checkpoint else {}
+        if not lines or kept(args) != checkpoint["args"]:
+            gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+            versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu, processes=world())
+            lines.append(json.dumps(dict(args=vars(args), versions=versions, parameters=parameters) | start) + "\n")
+        self.path.with_suffix(".part").write_text("".join(lines))
+        self.path.with_suffix(".part").replace(self.path)
+        self.lines = len(lines)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out_dir, purge_step=start.get("step", 0) + 1)
+
+    def add(self, **line) -> None:
+        if RANK:
+            return
+        self.waiting.append(json.dumps(line) + "\n")
+        self.lines += 1
+        if self.board:
+            numbers = line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()}
+            for k in numbers.keys() - {"step", "seconds"}:
+                self.board.add_scalar(k, numbers[k], line["step"])
+
+    def write(self) -> bool:
+        """Is everything on disk now?"""
+        text = "".join(self.waiting).encode()
+        try:
+            if text:
+                with open(self.path, "ab", buffering=0) as f:
+                    end = f.seek(0, os.SEEK_END)
+                    if f.write(text) < len(text):
+                        f.truncate(end)
+                        raise OSError("No space left on device")
+                    os.fsync(f.fileno())
+            self.waiting, self.full = [], False
+        except OSError as error:
+            if not self.full:
+                tell(f"{self.path} could not be written ({error}): its lines wait in memory until they can be")
+            self.full = True
+        return not self.full
+
+
+def most_memory(device: torch.device) -> float:
+    """GB at the fullest moment so far: of tensors on a GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -422,17 +502,23 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, val, args: argparse.Namespace) -> dict:
-    """Mean loss over the first --eval_tokens validation tokens (nats a token), perplexity, and bits a byte of their text."""
+def evaluate(model: Llama, val, args: argparse.Namespace, fetch, show) -> dict:
+    """Mean loss over the first --eval_tokens validation tokens (nats a token), perplexity, and bits a byte of their text.
+
+    All processes read the same batches, and each takes every so-many-th sequence. `fetch`: see Brake; `show` gets a word on how far it is.
+    """
     val.reset()
     total, count = 0.0, 0
     while count < args.eval_tokens:
         try:
-            x, y = val.batch(max(1, min(args.batch_size, (args.eval_tokens - count) // args.seq_len)))
+            x, y = fetch(lambda: val.batch(max(1, min(args.batch_size * world(), (args.eval_tokens - count) // args.seq_len))))
         except EndOfData:
             break
-        total += model(x.to(args.device), y.to(args.device)).double() * y.numel()
-        count += y.numel()
+        x, y, count = x[RANK :: world()], y[RANK :: world()], count + y.numel()
+        total += model(x.to(args.device), y.to(args.device)).item() * y.numel() if len(x) else 0.0
+        show(f"validation {count / args.eval_tokens:.0%}")
+    if world() > 1:
+        dist.all_reduce(total := torch.tensor(total, dtype=torch.float64))
     loss = float(total) / count
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
 
@@ -441,7 +527,7 @@ def prepare(model: Llama, args: argparse.Namespace) -> galore.GaLoreAdamW:
     """The optimiser, and the model made ready for it, as the arguments say."""
     model.activation_checkpointing = args.activation_checkpointing
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else model.parameters()
-    opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping,
+    opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
                              exact=args.exact, compile=args.compile, seed=args.seed)  # fmt: skip
     if args.layerwise:
         galore.thin(model, opt, accumulation(args), args.activation_checkpointing)
@@ -469,19 +555,86 @@ def training_step(model: Llama, opt: galore.GaLoreAdamW, batches, accumulate: in
     return total
 
 
-def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val) -> None:
+class Stop(Exception):
+    """In all processes at once, where nothing is half done: one of them was asked to end, or cannot go on."""
+
+
+class Brake:
+    """Ends a run between two steps. `asked`: by Ctrl-C, SIGTERM or a closed terminal; `problem`: a sentence, or ""."""
+
+    def __init__(self):
+        self.asked, self.problem, self.reading = False, "", False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
+                signal.signal(number, self.ask)
+
+    def ask(self, number, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+        self.asked = True
+        if self.reading:  # which may wait for the network, for hours
+            raise KeyboardInterrupt
+
+    def fetch(self, read):
+        """What read() returns, in all processes; or Stop, in all of them."""
+        result = None
+        try:
+            self.reading = True
+            result = read()
+        except KeyboardInterrupt:
+            pass
+        except (ValueError, OSError) as error:
+            self.problem = str(error)
+        finally:
+            self.reading = False
+        if highest(self.asked or self.problem != ""):
+            raise Stop
+        return result
+
+
+class Stopwatch:
+    """Seconds of a step by kind, on the device's own time line: nothing waits for them before they are asked for."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.spans = device.type == "cuda", []
+
+    def now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, kind: str, function):
+        def run(*args):
+            start = self.now()
+            result = function(*args)
+            self.spans.append((kind, start, self.now()))
+            return result
+
+        return run
+
+    def seconds(self, spans: list) -> dict[str, float]:
+        """Of spans of kind "step", "data", "optimiser" and, inside it, "refresh": each without the other, and the rest, "model"."""
+        total = dict.fromkeys(("step", "data", "optimiser", "refresh"), 0.0)
+        for kind, start, end in spans:
+            total[kind] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        total["optimiser"] -= total["refresh"]
+        return total | dict(model=total["step"] - total["data"] - total["optimiser"] - total["refresh"])
+
+
+def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val) -> str:
+    """To the last step, or to where it is asked to end. Returns what keeps it from going on, a sentence, or ""."""
     device, config, opt = torch.device(args.device), model.config, prepare(model, args)
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
-    batches = iter(lambda: stream.batch(args.batch_size, RANK, world()), None)
-    start = 0
+    step, skipped, scores = 0, 0, {}
     if checkpoint:
         options = [{k: v for k, v in group.items() if k not in ("params", "t")} for group in opt.param_groups]
         model.load_state_dict(checkpoint["model"])
         opt.load_state_dict(checkpoint["optimizer"])
         for group, now in zip(opt.param_groups, options):  # what the arguments say now stands
             group.update(now)
-        start = checkpoint["step"]
-        torch.set_rng_state(checkpoint["random"])
+        step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
+        opt.skipped = torch.tensor(float(skipped), device=device)
 
     # what is going to happen
     n, inside = model.num_parameters(), sum(p.numel() for group in opt.param_groups for p in group["params"] if group["rank"])
@@ -493,56 +646,91 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
          f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {config.vocab_size:,}")  # fmt: skip
     show_plan(config, args, said)
 
-    log = open_log(args, checkpoint, n) if RANK == 0 else open(os.devnull, "w")
-    path = Path(args.out_dir, "checkpoint.pt")
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one ends the run after this step, a second one at once
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    bar = tqdm(total=args.steps, initial=start, dynamic_ncols=True, disable=RANK != 0 or not sys.stderr.isatty())
-    scores, pending, since = None, [], time.perf_counter()  # losses stay on the device until they are shown: no wait for it in a step
-    for step in range(start + 1, args.steps + 1):
-        lr = learning_rate(step, args)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        total = training_step(model, opt, batches, accumulate)
-        if world() > 1:
-            dist.all_reduce(total.div_(world()))
-        pending.append((step, total, lr))
-        bar.update()
+    log, folder, brake, watch = Log(args, checkpoint, n), Path(args.out_dir), Brake(), Stopwatch(device)
+    opt.collect, opt.move, opt.refresh = watch.timed("optimiser", opt.collect), watch.timed("optimiser", opt.move), watch.timed("refresh", opt.refresh)
+    fetch = watch.timed("data", brake.fetch)
+    bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0.05, disable=RANK != 0 or not sys.stderr.isatty(),
+               bar_format="{n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}")  # fmt: skip
+    start = saved = step
+    began = shown = told = time.perf_counter()
+    pending, streak = [], 0  # steps whose numbers are still on the device; how many of the last steps were skipped
 
-        last = stop or step == args.steps
-        if last or step % 10 == 0 or step % args.save_every == 0:
-            losses = torch.stack([loss for _, loss, _ in pending]).tolist()
-            for (k, _, rate), loss in zip(pending, losses):
-                log.write(json.dumps(dict(step=k, tokens=k * step_tokens, loss=loss, lr=rate)) + "\n")
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            status = f"loss {losses[-1]:.3f}, {len(pending) * step_tokens / (time.perf_counter() - since):,.0f} tokens/s, {memory / 1e9:.2f} GB"
-            status += f", {int(opt.skipped)} steps skipped: gradient not finite" * bool(opt.skipped)
+    def report() -> None:
+        """Writes the pending steps to the log and shows the last one. Only here does the host wait for the device."""
+        nonlocal pending, skipped, streak, shown, told
+        shown = time.perf_counter()
+        if pending:
+            numbers = torch.stack([torch.stack([x.float() for x in line.pop("tensors")]) for line in pending]).tolist()
+            gigabytes, duration = round(most_memory(device), 3), 0.0
+            for line, (loss, norm, count) in zip(pending, numbers):
+                streak, skipped = streak + 1 if count > skipped else 0, int(count)
+                seconds = watch.seconds(line.pop("spans"))
+                duration += (all_of_it := seconds.pop("step"))
+                log.add(**line, loss=loss, grad_norm=norm, skipped=skipped, tokens_per_s=round(step_tokens / all_of_it), memory_gb=gigabytes,
+                        seconds={k: round(v, 5) for k, v in seconds.items()})  # fmt: skip
+            status = f"loss {loss:.3f}, {len(pending) * step_tokens / duration:,.0f} tokens/s, {gigabytes:.2f} GB"
+            status += f", {skipped} steps skipped: gradient not finite" * bool(skipped)
             bar.set_postfix_str(status)
-            if bar.disable and (last or step % max(10, args.steps // 200 * 10) == 0):
-                tell(f"step {step}/{args.steps}: {status}")
-            pending, since = [], time.perf_counter()
-        if step % args.eval_every == 0 or step == args.steps:  # before saving: a log that ends with the checkpoint lacks nothing
-            scores = evaluate(model, val, args)
-            log.write(json.dumps(dict(step=step, **scores)) + "\n")
-            tell(f"step {step}: validation loss {scores['val_loss']:.4f}")
-            since = time.perf_counter()
-        if (last or step % args.save_every == 0) and RANK == 0:
-            save(path, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=stream.state_dict(), config=asdict(config),
-                 args=kept(args), random=torch.get_rng_state())  # fmt: skip
-        if stop:
-            bar.close()
-            return tell(f"stopped after step {step}; to go on: python train.py --resume --out_dir {args.out_dir}")
+            if bar.disable and (step == args.steps or shown - told > min(600, 5 + (shown - began) / 10)):  # to a file: a line now and then
+                told, left = shown, (shown - began) / (step - start) * (args.steps - step)
+                tell(f"step {step}/{args.steps}: {status}, {tqdm.format_interval(left)} left")
+            if streak > PATIENCE:
+                brake.problem = f"the gradients of {streak} steps in a row were not finite (in the data, or a learning rate too high)"
+        pending = []
+        log.write()
+
+    def write_checkpoint(position: dict) -> None:
+        nonlocal saved
+        if RANK == 0 and log.write() and save(folder, args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=position, skipped=skipped,
+                                              scores=scores, log_lines=log.lines, config=asdict(config), args=kept(args)):  # fmt: skip
+            saved = step
+
+    postponed = False  # a checkpoint: none is written among skipped steps, so that the newest is from before they began
+    try:
+        while True:
+            last, position = step == args.steps, stream.state_dict()
+            evaluating = step > 0 and (last or step % args.eval_every == 0) and scores.get("step") != step
+            saving = step > saved and (last or postponed or step % args.save_every == 0)
+            if evaluating or saving or time.perf_counter() - shown > 1:
+                report()
+            if evaluating:  # before saving: a log that ends with the checkpoint lacks nothing
+                scores = dict(step=step, **evaluate(model, val, args, brake.fetch, bar.set_postfix_str))
+                log.add(**scores)
+                tell(f"step {step}: validation loss {scores['val_loss']:.4f}")
+            if saving:
+                postponed = streak > 0 and not last
+                postponed or write_checkpoint(position)
+            if last:
+                break
+            begun, watch.spans = watch.now(), []
+            batches = fetch(lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(step + 1, args)
+            total = training_step(model, opt, iter(batches), accumulate)
+            if world() > 1:
+                dist.all_reduce(total.div_(world()))
+            step += 1
+            spans = [*watch.spans, ("step", begun, watch.now())]
+            pending.append(dict(step=step, tokens=stream.seen, lr=group["lr"], tensors=(total, opt.norm, opt.skipped), spans=spans))
+            bar.update()
+    except Stop:
+        report()
+        if step > saved and streak <= PATIENCE:
+            write_checkpoint(position)
     bar.close()
 
-    scores = scores or evaluate(model, val, args)  # a run that was finished already is evaluated again
-    tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
-    if math.isfinite(scores["val_loss"]):
-        prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()] * 3, device=device)
-        length = max(16, min(200, args.seq_len - prompt.size(1)))  # beyond the positions seen in training text falls apart
-        texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
-        tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
-    tell(f"log: {log.name}   checkpoint: {path}")
+    if step < args.steps or scores.get("step") != step:
+        again = f"to go on{f' from step {saved}' * (saved < step)}: {'torchrun (as before)' if world() > 1 else 'python'} train.py --resume --out_dir {args.out_dir}" if saved else "there is no checkpoint yet"
+        tell(f"stopped after step {step}; {again}")
+    else:
+        tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
+        if math.isfinite(scores["val_loss"]) and RANK == 0:
+            prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()] * 3, device=device)
+            length = max(16, min(200, args.seq_len - prompt.size(1)))  # beyond the positions seen in training text falls apart
+            texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
+            tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
+        tell(f"log: {log.path}   checkpoint: {', '.join(map(str, checkpoints(folder)))}")
+    return brake.problem
 
 
 def main() -> None:
@@ -552,6 +740,10 @@ def main() -> None:
     try:  # whatever can be known to be wrong is said here, before any work
         checkpoint = read_checkpoint(args.out_dir) if args.resume else None
         config = settle(args, checkpoint)
+        if world() > 1 and not args.plan:
+            if args.device.startswith("cuda"):
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
         said = fit(config, args, on_this_device)
         if args.plan:
             return show_plan(config, args, said)
@@ -559,25 +751,27 @@ def main() -> None:
             args.compile = False
             tell(f"torch.compile does not work here, so nothing is compiled, which is slower but gives the same ({why})")
         choose_out_dir(args)
+        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir")} | dict(step=checkpoint and checkpoint["step"])
+        same = zlib.crc32(json.dumps(same).encode())
+        refuse(highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; with --resume all must find "
+               "the same checkpoint in --out_dir, a folder that they share or a copy of it")  # fmt: skip
         tokenizer = get_tokenizer(args.tokenizer)
         refuse(tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that of tokenizer {args.tokenizer}, "
                f"{tokenizer.n_vocab:,}: take a larger --vocab_size or another --tokenizer")  # fmt: skip
         where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
         stream = open_data(args.data, tokenizer, "train", args.seq_len, state=checkpoint and checkpoint["data"], **where)
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
-        if world() > 1:
-            if args.device == "cuda":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
     except (ValueError, OSError) as error:
+        time.sleep(3 * bool(RANK))  # the first process speaks for all; when it leaves, torchrun ends the others
         parser.error(str(error))
-    train(model, args, said, checkpoint, tokenizer, stream, val)
+    problem = train(model, args, said, checkpoint, tokenizer, stream, val)
     if world() > 1:
+        dist.barrier()  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
+    sys.exit(problem or 0)
 
 
 if __name__ == "__main__":
