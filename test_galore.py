@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -470,6 +471,37 @@ def test_schedulers_clipping_and_closures_of_torch_work():
 
     losses = [(opt.step(closure), schedule.step())[0].item() for _ in range(8)]
     assert losses[-1] < losses[0] and {g["lr"] for g in opt.param_groups} == {1e-2 * 0.5**8}
+
+
+@pytest.mark.parametrize("way", ["thin", "plain"])
+def test_norm_is_that_of_torch(way):
+    """Clipped or not, thin or plain, `norm` is what torch's clip_grad_norm_ says of the projected gradients; clipping to half of it
+    gives Adam half of each R."""
+    steps = {}
+    for max_norm in (None, 1e9, 0.01):
+        torch.manual_seed(0)
+        model = Net()
+        opt = GaLoreAdamW(param_groups(model, rank=8), max_norm=max_norm)
+        if way == "thin":
+            thin(model, opt)
+        seen, collect = {}, opt.collect
+
+        def spy(p):
+            R = collect(p)
+            seen[p] = R.clone()
+            return R
+
+        opt.collect = spy
+        model(*batch(0)).backward()
+        opt.step()
+        holders = [nn.Parameter(torch.zeros_like(R)) for R in seen.values()]
+        for holder, R in zip(holders, seen.values()):
+            holder.grad = R
+        assert len(seen) == len(opt.group) and min(R.shape[0] for R in seen.values()) == 8
+        assert math.isclose(opt.norm, torch.nn.utils.clip_grad_norm_(holders, max_norm or 1e9), rel_tol=1e-5)
+        steps[max_norm] = torch.cat([opt.state[p]["M"].flatten() for p in opt.group])
+    assert apart([steps[None]], [steps[1e9]]) == 0
+    assert torch.allclose(steps[0.01], steps[None] * 0.01 / opt.norm, rtol=1e-3) and opt.norm > 0.1
 
 
 def test_autocast_thin_equals_plain():
@@ -1702,38 +1734,48 @@ def test_the_documented_command_learns(unbroken):
     folder, output = unbroken
     for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "512 tokens", "perplexity", "bits a byte", "sample:\ndef "):
         assert word in output
-    log = log_of(folder)
+    log, whole = log_of(folder), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:-1]
+    for line in whole:
+        seconds = line["seconds"]
+        assert line.keys() == {"step", "tokens", "lr", "loss", "grad_norm", "skipped", "tokens_per_s", "memory_gb", "seconds"}
+        assert line["tokens"] == 512 * line["step"] and line["grad_norm"] > 0 == line["skipped"] and 0.1 < line["memory_gb"] < 2
+        assert math.isclose(sum(seconds.values()), 512 / line["tokens_per_s"], rel_tol=0.05) and min(seconds["model"], seconds["optimiser"]) > 0
+    assert [line["step"] for line in whole if line["seconds"]["refresh"]] == [*range(2, 10), 13]  # early two of four blocks, then one every T / 4 = 12.5
     assert [line["step"] for line in log] == [*range(1, 25), 24]
     assert log[0]["loss"] > 5 and log[-1]["val_loss"] < 3.7
     assert math.isclose(log[-1]["bits_per_byte"], log[-1]["val_loss"] / math.log(2), rel_tol=0.01)  # a token is a byte
 
 
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
-def test_a_killed_run_resumed_equals_an_unbroken_one(tmp_path, tokens, unbroken, signal):
-    """Killed after step 10, or stopped by Ctrl-C (which saves and leaves with 0), and resumed: the same weights and log to the last bit."""
-    import signal as signals
-
-    process = start_training(tmp_path, tokens, "--galore", "--rank", "64", "--lr", "0.01")
-    out = tmp_path / "out" / "toy-galore-r64"
-    wait_for_step(out / "log.jsonl", 10, process)
-    process.send_signal(getattr(signals, signal))
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == (0 if signal == "SIGINT" else -9), output
-    if signal == "SIGINT":
-        assert "python train.py --resume --out_dir out/toy-galore-r64" in output
-    finished(start_training(tmp_path, tokens, "--resume", "--out_dir", str(out)))
-    assert same(weights_of(out), weights_of(unbroken[0]))
-    assert log_of(out) == log_of(unbroken[0])
+def test_killed_three_times():
+    """experiments/torture.py: killed at a random moment, while a checkpoint is written and while a shard is tokenised, and resumed: weights,
+    moments, data position and log are those of a run that was left alone, to the last bit."""
+    command = [sys.executable, str(HERE / "experiments" / "torture.py"), "--kills", "3", "--steps", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "3 kills" in done.stdout and "log: 27 lines, equal" in done.stdout, done.stdout + done.stderr
 
 
-def test_torchrun_equals_one_process(tmp_path, tokens, unbroken):
-    """Two processes under torchrun, with half the batch each, end at the weights of one."""
+def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, tokens, monkeypatch, capsys):
+    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from their checkpoint, and ends at the
+    weights and losses of one that was never disturbed, to the last bit; its validation losses are those of two processes."""
+    common = [*SHORT, "--galore", "--lr", "0.01", "--update_proj_gap", "7", "--eval_every", "8", "--batch_size", "4", "--data_dir", tokens]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(HERE / "train.py")]
-    finished(start_training(tmp_path, tokens, "--galore", "--rank", "64", "--lr", "0.01", command=command))
-    ours, theirs = weights_of(tmp_path / "out" / "toy-galore-r64"), weights_of(unbroken[0])
-    assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) < 2e-3  # rounding, which Adam scales up where gradients are noise
-    losses = [[line["loss"] for line in log_of(f) if "loss" in line] for f in (tmp_path / "out" / "toy-galore-r64", unbroken[0])]
-    assert np.allclose(*losses, atol=1e-4)
+    out = tmp_path / "out" / "toy-galore-r64"
+    with subprocess.Popen([*command, *common], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, start_new_session=True) as process:  # fmt: skip
+        wait_for_step(out / "log.jsonl", 12, process)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[1]), 9)
+        process.communicate(timeout=30)
+        assert process.returncode == 1
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", out)
+    assert code == 0, output
+    (tmp_path / "one").mkdir()
+    output, code = run_here(monkeypatch, tmp_path / "one", capsys, *common)
+    assert code == 0, output
+    one = tmp_path / "one" / "out" / "toy-galore-r64"
+    assert same(weights_of(out), weights_of(one))
+    for ours, theirs in zip(log_of(out), log_of(one), strict=True):
+        assert ours == theirs or math.isclose(ours["val_loss"], theirs["val_loss"], rel_tol=1e-6)
 
 
 def run_here(monkeypatch, tmp_path, capsys, *options):
@@ -1835,6 +1877,171 @@ def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkey
     output, code = run_here(monkeypatch, tmp_path, capsys, "--out_dir", folder, "--resume")
     assert code == 2 and "no checkpoint" in output and not Evil.ran
     assert (folder / "log.jsonl").read_bytes() == (unbroken[0] / "log.jsonl").read_bytes()
+
+
+FEW = "--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_size 2 --eval_tokens 256 --device cpu --seed 1".split()
+
+
+@pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("step", "SIGHUP"), ("data", "SIGTERM"), ("validation", "SIGTERM")])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, tmp_path, capsys, tokens):
+    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during validation: the run saves, leaves with 0
+    and prints the line that goes on; what is resumed ends like a run that was not stopped."""
+    import signal as signals
+
+    options = [*FEW, "--steps", "6", "--eval_every", "3", "--data_dir", tokens]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
+    calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
+    original = getattr(train, function)
+
+    def strike(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), getattr(signals, name))
+            time.sleep(60 * (where == "data"))
+
+    def struck(*args, **options):
+        if where == "step":
+            strike()
+        result = original(*args, **options)
+        if where == "data" and args[2] == "train":
+            read = result.batch
+            result.batch = lambda *args: strike() or read(*args)
+        return result
+
+    with monkeypatch.context() as patch:
+        if where == "validation":
+            patch.setattr(train, "evaluate", lambda model, val, args, fetch, show: strike() or strike() or original(model, val, args, fetch, show))
+        else:
+            patch.setattr(train, function, struck)
+        begun = time.time()
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")
+    stopped = {"step": 3, "data": 2, "validation": 6}[where]
+    assert code == 0 and time.time() - begun < 30
+    assert f"stopped after step {stopped}; to go on from the checkpoint of step {stopped}: python train.py --resume --out_dir run" in output
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run")
+    assert code == 0, output
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")) and log_of(tmp_path / "run") == log_of(tmp_path / "calm")
+
+
+def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
+    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is written among them. More than 20 in a
+    row end the run with code 1, and the newest checkpoint is from before them; it can be resumed."""
+    step = train.training_step
+    count, bad = [0], {3, *range(9, 99)}
+
+    def poisoned(model, opt, batches, accumulate):
+        count[0] += 1
+        if count[0] in bad:
+            (x, y), = batches
+            (model(x, y) * math.nan).backward()
+            opt.step()
+            return torch.tensor(math.nan)
+        return step(model, opt, batches, accumulate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", poisoned)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--steps", "60", "--save_every", "3", "--data_dir", tokens, "--out_dir", "run")
+    assert code == "the gradients of 21 steps in a row were not finite (in the data, or a learning rate too high)"
+    assert "to go on from the checkpoint of step 6: python train.py --resume" in output
+    assert [file.name for file in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000006.pt"]
+    assert [line["skipped"] for line in log_of(tmp_path / "run") if "loss" in line] == [0, 0, *[1] * 6, *range(2, 23)]
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", "--steps", "12", "--lr", "0.001")
+    assert code == 0 and "lr was 0.005 and is 0.001 from here on" in output
+    assert log_of(tmp_path / "run")[-2]["skipped"] == 1  # of before
+
+
+def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, capsys):
+    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name and line; mended, it goes on as if
+    nothing had been."""
+    c4_like(tmp_path / "good", shards=3, documents=10)
+    c4_like(tmp_path / "bad", shards=3, documents=10)
+    shard = tmp_path / "bad" / "c4-train.00001-of-01024.json.gz"
+    whole = shard.read_bytes()
+    shard.write_bytes(json_gz(texts(9, 1)) + gzip.compress(b'{"text": 5}\n'))
+    options = [*[o for o in FEW if o not in ("--data", "python")], "--tokenizer", "bytes", "--steps", "16"]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--data", "good", "--out_dir", "calm")[1] == 0
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data", "bad", "--out_dir", "run")
+    assert code == 'bad/c4-train.00001-of-01024.json.gz, line 10: no "text" in it'
+    (done,) = re.findall(r"stopped after step (\d+); to go on from the checkpoint of step \1:", output)
+    assert 3 < int(done) < 12
+    shard.write_bytes(whole)
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run")
+    assert code == 0, output
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")) and log_of(tmp_path / "run") == log_of(tmp_path / "calm")
+
+
+def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, capsys, tokens):
+    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of another version is said, too."""
+    options = [*FEW, "--data_dir", tokens, "--out_dir", "run"]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "4", "--keep", "9", "--save_every", "2")[1] == 0
+    (tmp_path / "run" / "checkpoint-00000000.pt").unlink()
+    newer = torch.load(tmp_path / "run" / "checkpoint-00000004.pt", weights_only=True)
+    del newer["args"]["eval_tokens"]
+    torch.save(newer | dict(args=newer["args"] | dict(momentum_of_2031=7)), tmp_path / "run" / "checkpoint-00000004.pt")
+    changes = "--steps 8 --lr 0.001 --eval_every 4 --save_every 1 --batch_size 1 --grad_clipping 0.5 --update_proj_gap 3 --keep 2 --eval_tokens 128"
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", *changes.split())
+    assert code == 0, output
+    for line in ("steps was 4 and is 8 from here on", "lr was 0.005 and is 0.001", "batch_size was 2 and is 1", "grad_clipping was 0.0 and is 0.5",
+                 "keep was 9 and is 2", "the run had momentum_of_2031 7, which this version of train.py does not know", "(2 x 1 x 1 sequences"):  # fmt: skip
+        assert line in output
+    lines = log_of_any(tmp_path / "run")
+    assert sum("args" in line for line in lines) == 2 and lines[-1]["val_tokens"] == 128
+    assert lines[-2]["lr"] == pytest.approx(0.0001) and [line["tokens"] for line in lines if "loss" in line] == [64 * i for i in range(1, 9)]
+    assert sorted(file.name for file in (tmp_path / "run").glob("*.pt")) == ["checkpoint-00000007.pt", "checkpoint-00000008.pt"]
+
+
+def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
+    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays, training goes on; when there is
+    room again, or at the end, all is written, and nothing is missing."""
+    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1"]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
+    save, sync, saves, waits = torch.save, os.fsync, [], []
+    no_space = OSError(28, "No space left on device")
+
+    def full(what, file):
+        saves.append(what["step"])
+        if what["step"] in (2, 3, 8) and saves.count(8) < 3:
+            file.write(b"half")
+            assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [f"checkpoint-0000000{ {2: 1, 3: 1, 8: 7}[what['step']] }.pt"]
+            raise no_space
+        save(what, file)
+
+    def full_for_the_log(self):
+        if self.waiting and self.waiting[-1]["step"] == 5:
+            with monkeypatch.context() as patch:
+                patch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(no_space))
+                return write(self)
+        return write(self)
+
+    write = train.Log.write
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        patch.setattr(train.Log, "write", full_for_the_log)
+        patch.setattr(train.time, "sleep", waits.append)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")
+    assert code == 0 and saves == [0, 1, 2, 3, 4, 6, 7, 8, 8, 8] and waits == [60, 60]
+    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 4 and output.count("waiting a minute") == 2
+    assert output.count("log.jsonl could not be written") == 1
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")) and log_of(tmp_path / "run") == log_of(tmp_path / "calm")
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-00000008.pt", "log.jsonl"]
+
+
+def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):
+    """--tensorboard is refused with the pip line where the package is not installed; else it holds what the log holds."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "find_spec", lambda name: None)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--tensorboard")
+    assert code == 2 and "pip install tensorboard" in output and not list(tmp_path.iterdir())
+    oracle("tensorboard", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--tensorboard", "--steps", "3", "--data_dir", tokens, "--out_dir", "run")
+    assert code == 0, output
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    steps = [line for line in log_of_any(tmp_path / "run") if "loss" in line]
+    for name in ("loss", "lr", "grad_norm", "tokens", "skipped"):
+        assert [(e.step, pytest.approx(line[name])) for e, line in zip(events.Scalars(name), steps)] == [(e.step, e.value) for e in events.Scalars(name)]
+    assert len(events.Scalars("val_loss")) == 3 and len(events.Scalars("seconds/refresh")) == 3
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -370,7 +370,7 @@ def save(folder: Path, keep: int, **what) -> bool:
     """Writes checkpoint-STEP.pt beside its name and renames it, then deletes all but the `keep` newest: there is always a whole one.
     Tensors go to disk one at a time, without a copy of them all. A full disk is told, not fatal."""
     path = folder / f"checkpoint-{what['step']:08d}.pt"
-    part = path.with_suffix(".part")
+    part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
     try:
         with open(part, "wb") as f:
             torch.save(what, f)
@@ -383,7 +383,7 @@ def save(folder: Path, keep: int, **what) -> bool:
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        tell(f"step {what['step']}: the checkpoint could not be written ({error}); the one before stays, the next save tries again")
+        tell(f"step {what['step']}: the checkpoint could not be written ({error.__context__ or error}); the one before stays, the next save tries again")
         return False
 
 
@@ -411,10 +411,16 @@ def choose_out_dir(args: argparse.Namespace) -> None:
     if args.out_dir is None:
         name = f"{args.size}-{f'galore-r{args.rank}' if args.galore else 'adamw'}{'-8bit' if args.state_bits == 8 else ''}"
         names = (name + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        args.out_dir = next(f"out/{n}" for n in names if not Path("out", n, "log.jsonl").exists())
-    refuse(not args.resume and RANK == 0 and Path(args.out_dir, "log.jsonl").exists(),
+        args.out_dir = next(f"out/{n}" for n in names if not holds_a_run(Path("out", n)))
+    refuse(not args.resume and RANK == 0 and holds_a_run(Path(args.out_dir)),
            f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir")  # fmt: skip
     refuse(not writable(Path(args.out_dir)), f"--out_dir {args.out_dir} cannot be written: take another")
+
+
+def holds_a_run(folder: Path) -> bool:
+    """More than the first line of a log, which is all that a run leaves if it ends before its first checkpoint."""
+    log = folder / "log.jsonl"
+    return bool(checkpoints(folder)) or log.exists() and log.read_bytes().count(b"\n") > 1
 
 
 def writable(folder: Path) -> bool:
@@ -431,7 +437,8 @@ class Log:
     """
 
     def __init__(self, args: argparse.Namespace, checkpoint: dict | None, parameters: int):
-        self.path, self.waiting, self.full, self.board, lines = Path(args.out_dir, "log.jsonl"), [], False, None, []
+        self.path, self.waiting, self.full, lines = Path(args.out_dir, "log.jsonl"), [], False, []
+        self.tensorboard, self.board = args.tensorboard, None
         if RANK:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -445,38 +452,47 @@ class Log:
         self.path.with_suffix(".part").write_text("".join(lines))
         self.path.with_suffix(".part").replace(self.path)
         self.lines = len(lines)
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(args.out_dir, purge_step=start.get("step", 0) + 1)
 
     def add(self, **line) -> None:
-        if RANK:
-            return
-        self.waiting.append(json.dumps(line) + "\n")
-        self.lines += 1
-        if self.board:
-            numbers = line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()}
-            for k in numbers.keys() - {"step", "seconds"}:
-                self.board.add_scalar(k, numbers[k], line["step"])
+        if RANK == 0:
+            self.waiting.append(line)
+            self.lines += 1
 
     def write(self) -> bool:
         """Is everything on disk now?"""
-        text = "".join(self.waiting).encode()
+        text = "".join(json.dumps(line) + "\n" for line in self.waiting).encode()
         try:
             if text:
                 with open(self.path, "ab", buffering=0) as f:
                     end = f.seek(0, os.SEEK_END)
-                    if f.write(text) < len(text):
+                    try:
+                        if f.write(text) < len(text):
+                            raise OSError("No space left on device")
+                        os.fsync(f.fileno())
+                    except OSError:
                         f.truncate(end)
-                        raise OSError("No space left on device")
-                    os.fsync(f.fileno())
-            self.waiting, self.full = [], False
+                        raise
+            done, self.waiting = self.waiting, []
+            if self.tensorboard:
+                self.show(done)
+            self.full = False
         except OSError as error:
             if not self.full:
-                tell(f"{self.path} could not be written ({error}): its lines wait in memory until they can be")
+                tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints are not written, until they can be")
             self.full = True
-        return not self.full
+        return not self.waiting
+
+    def show(self, lines: list[dict]) -> None:
+        """To TensorBoard. Its writer does not survive a full disk: then there comes another."""
+        from torch.utils.tensorboard import SummaryWriter
+        try:
+            for line in lines:
+                self.board = self.board or SummaryWriter(self.path.parent, purge_step=line["step"])
+                numbers = line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()}
+                for k in numbers.keys() - {"step", "seconds"}:
+                    self.board.add_scalar(k, numbers[k], line["step"])
+        except OSError:
+            self.board = None
 
 
 def most_memory(device: torch.device) -> float:
@@ -560,19 +576,22 @@ class Stop(Exception):
 
 
 class Brake:
-    """Ends a run between two steps. `asked`: by Ctrl-C, SIGTERM or a closed terminal; `problem`: a sentence, or ""."""
+    """Ends a run between two steps. `asked`: when, by Ctrl-C, SIGTERM or a closed terminal; `problem`: a sentence, or ""."""
 
     def __init__(self):
-        self.asked, self.problem, self.reading = False, "", False
+        self.asked, self.problem, self.reading = 0.0, "", False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
                 signal.signal(number, self.ask)
 
     def ask(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-        self.asked = True
-        if self.reading:  # which may wait for the network, for hours
-            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked = time.monotonic()
+            if self.reading:  # which may wait for the network, for hours
+                raise KeyboardInterrupt
+        elif time.monotonic() > self.asked + 2:  # a second one ends the run at once, but not torchrun's echo of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def fetch(self, read):
         """What read() returns, in all processes; or Stop, in all of them."""
@@ -586,7 +605,7 @@ class Brake:
             self.problem = str(error)
         finally:
             self.reading = False
-        if highest(self.asked or self.problem != ""):
+        if highest(self.asked > 0 or self.problem != ""):
             raise Stop
         return result
 
@@ -651,7 +670,7 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
     fetch = watch.timed("data", brake.fetch)
     bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0.05, disable=RANK != 0 or not sys.stderr.isatty(),
                bar_format="{n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}")  # fmt: skip
-    start = saved = step
+    start, saved = step, step if checkpoint else -1  # a checkpoint of step 0, too: a run can always be resumed
     began = shown = told = time.perf_counter()
     pending, streak = [], 0  # steps whose numbers are still on the device; how many of the last steps were skipped
 
@@ -679,29 +698,31 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
         pending = []
         log.write()
 
-    def write_checkpoint(position: dict) -> None:
+    def write_checkpoint(position: dict) -> bool:
         nonlocal saved
         if RANK == 0 and log.write() and save(folder, args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=position, skipped=skipped,
                                               scores=scores, log_lines=log.lines, config=asdict(config), args=kept(args)):  # fmt: skip
             saved = step
+        return saved == step
 
     postponed = False  # a checkpoint: none is written among skipped steps, so that the newest is from before they began
     try:
         while True:
             last, position = step == args.steps, stream.state_dict()
             evaluating = step > 0 and (last or step % args.eval_every == 0) and scores.get("step") != step
-            saving = step > saved and (last or postponed or step % args.save_every == 0)
+            saving = step > saved and (postponed or step % args.save_every == 0)
             if evaluating or saving or time.perf_counter() - shown > 1:
                 report()
             if evaluating:  # before saving: a log that ends with the checkpoint lacks nothing
                 scores = dict(step=step, **evaluate(model, val, args, brake.fetch, bar.set_postfix_str))
                 log.add(**scores)
+                log.write()
                 tell(f"step {step}: validation loss {scores['val_loss']:.4f}")
-            if saving:
-                postponed = streak > 0 and not last
-                postponed or write_checkpoint(position)
             if last:
                 break
+            if saving:
+                postponed = streak > 0
+                postponed or write_checkpoint(position)
             begun, watch.spans = watch.now(), []
             batches = fetch(lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
             for group in opt.param_groups:
@@ -715,13 +736,14 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
             bar.update()
     except Stop:
         report()
-        if step > saved and streak <= PATIENCE:
-            write_checkpoint(position)
     bar.close()
+    while RANK == 0 and step > saved and streak <= PATIENCE and not write_checkpoint(position):
+        tell("waiting a minute for room on the disk (Ctrl-C twice gives up)")
+        time.sleep(60)
 
     if step < args.steps or scores.get("step") != step:
-        again = f"to go on{f' from step {saved}' * (saved < step)}: {'torchrun (as before)' if world() > 1 else 'python'} train.py --resume --out_dir {args.out_dir}" if saved else "there is no checkpoint yet"
-        tell(f"stopped after step {step}; {again}")
+        launcher = "torchrun (as before)" if world() > 1 else "python"
+        tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {launcher} train.py --resume --out_dir {args.out_dir}")
     else:
         tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
         if math.isfinite(scores["val_loss"]) and RANK == 0:
@@ -771,7 +793,9 @@ def main() -> None:
     if world() > 1:
         dist.barrier()  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
-    sys.exit(problem or 0)
+    if problem:
+        time.sleep(3 * bool(RANK))
+        sys.exit(problem)
 
 
 if __name__ == "__main__":
