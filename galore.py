@@ -316,6 +316,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but each tensor keeps its dtype: torch would cast moments and scales to bf16, as the weights are."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for module in self.modules:  # else the old state would live on beside the new one until `arm`
+            module.galore = None
         self.look_up()
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(ids, self.group):

@@ -648,8 +648,8 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
     step, skipped, scores = 0, 0, {}
     if checkpoint:
         options = [{k: v for k, v in group.items() if k not in ("params", "t")} for group in opt.param_groups]
-        model.load_state_dict(checkpoint["model"])
-        opt.load_state_dict(checkpoint["optimizer"])
+        model.load_state_dict(checkpoint.pop("model"))  # popped: who holds a tensor of the file keeps its room on disk taken
+        opt.load_state_dict(checkpoint.pop("optimizer"))
         for group, now in zip(opt.param_groups, options):  # what the arguments say now stands
             group.update(now)
         step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
