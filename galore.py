@@ -391,7 +391,8 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
             (blocks.setdefault(int(block[1]), []) if block and p in linear else rest).append(p)
     check(len(blocks), "no nn.Linear stands in a numbered block (as model.layers.0): make groups by hand, with the key 'rank'.")
     common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, turns=max(2, len(blocks) // 2))
-    groups = [dict(params=ps, offset=-(-i * update_proj_gap // len(blocks)), **common) for i, ps in enumerate(blocks.values())]
+    T, L = update_proj_gap, len(blocks)
+    groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]
     return [*groups, dict(params=rest)]
 
 

@@ -407,6 +407,12 @@ def test_a_refresh_turns_the_blocks_one_after_the_other():
     # the hook has moved the weights of step s (counted from 0) before `between` sees them: what differs after is step s + 2's
     due = {step + 2: [not torch.equal(a, b) for a, b in zip(changes[step], changes[step + 1])] for step in range(23)}
     assert [{t for t, d in due.items() if d[i]} for i in range(3)] == [{2, 4, 6, 8, 14, 21}, {2, 4, 6, 8, 10, 17, 24}, {3, 5, 7, 9, 12, 19}]
+    for T in range(1, 9):  # below the number of blocks, too, each is due once in T steps
+        opt = GaLoreAdamW(param_groups(Net(), rank=8, update_proj_gap=T))
+        times = []
+        for group in opt.param_groups:
+            times.append(sum(opt.due(group["params"][0]) for group["t"] in range(99, 99 + T)))
+        assert times == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
@@ -505,20 +511,24 @@ def test_norm_is_that_of_torch(way):
 
         def spy(p):
             R = collect(p)
-            seen[p] = R.clone()
+            widths.add(p.ndim == 2 and R.shape[1] > max(p.shape))  # with Y
+            seen[p] = R[:, : max(p.shape)].clone() if "P" in opt.state[p] else R.clone()
             return R
 
-        opt.collect = spy
-        model(*batch(0)).backward()
-        opt.step()
-        holders = [nn.Parameter(torch.zeros_like(R)) for R in seen.values()]
-        for holder, R in zip(holders, seen.values()):
-            holder.grad = R
-        assert len(seen) == len(opt.group) and min(R.shape[0] for R in seen.values()) == 8
-        assert math.isclose(opt.norm, torch.nn.utils.clip_grad_norm_(holders, max_norm or 1e9), rel_tol=1e-5)
-        steps[max_norm] = torch.cat([opt.state[p]["M"].flatten() for p in opt.group])
-    assert apart([steps[None]], [steps[1e9]]) == 0
-    assert torch.allclose(steps[0.01], steps[None] * 0.01 / opt.norm, rtol=1e-3) and opt.norm > 0.1
+        opt.collect, widths = spy, set()
+        for step in range(4):
+            (model(*batch(step)) * 100).backward()  # large, so that Y would count
+            opt.step()
+            model.zero_grad()
+            holders = [nn.Parameter(torch.zeros_like(R)) for R in seen.values()]
+            for holder, R in zip(holders, seen.values()):
+                holder.grad = R
+            assert len(seen) == len(opt.group) and min(R.shape[0] for R in seen.values()) == 8
+            assert math.isclose(opt.norm, torch.nn.utils.clip_grad_norm_(holders, max_norm or 1e9), rel_tol=1e-5)
+            steps.setdefault(max_norm, (torch.cat([opt.state[p]["M"].flatten() for p in opt.group]), opt.norm))
+        assert widths == {False, True}
+    (M, _), (same_M, _), (clipped, norm) = steps.values()
+    assert apart([M], [same_M]) == 0 and norm > 0.1 and torch.allclose(clipped, M * 0.01 / norm, rtol=1e-3)
 
 
 def test_autocast_thin_equals_plain():
@@ -1907,7 +1917,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
     and prints the line that goes on; what is resumed ends like a run that was not stopped."""
     import signal as signals
 
-    options = [*FEW, "--steps", "6", "--eval_every", "3", "--data_dir", tokens]
+    options = [*FEW, *"--steps 6 --eval_every 3 --save_every 99 --data_dir".split(), tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
     original = getattr(train, function)
@@ -1915,8 +1925,11 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
     def strike(*args):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), getattr(signals, name))
-            time.sleep(60 * (where == "data"))
+            for _ in range(1 if where == "data" else 2):  # torchrun passes on the Ctrl-C that the terminal has sent to all
+                os.kill(os.getpid(), getattr(signals, name))
+            if where == "data":
+                time.sleep(60)
+            patch.setattr(data.Stream, "batch", None)  # from here on nothing is read
 
     def struck(*args, **options):
         if where == "step":
@@ -1977,7 +1990,7 @@ def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, c
     shard = tmp_path / "bad" / "c4-train.00001-of-01024.json.gz"
     whole = shard.read_bytes()
     shard.write_bytes(json_gz(texts(9, 1)) + gzip.compress(b'{"text": 5}\n'))
-    options = [*[o for o in FEW if o not in ("--data", "python")], "--tokenizer", "bytes", "--steps", "16"]
+    options = [*[o for o in FEW if o not in ("--data", "python")], *"--tokenizer bytes --batch_size 1 --steps 16 --save_every 99".split()]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--data", "good", "--out_dir", "calm")[1] == 0
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data", "bad", "--out_dir", "run")
     assert code == 'bad/c4-train.00001-of-01024.json.gz, line 10: no "text" in it'
@@ -1997,16 +2010,35 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
     newer = torch.load(tmp_path / "run" / "checkpoint-00000004.pt", weights_only=True)
     del newer["args"]["eval_tokens"]
     torch.save(newer | dict(args=newer["args"] | dict(momentum_of_2031=7)), tmp_path / "run" / "checkpoint-00000004.pt")
-    changes = "--steps 8 --lr 0.001 --eval_every 4 --save_every 1 --batch_size 1 --grad_clipping 0.5 --update_proj_gap 3 --keep 2 --eval_tokens 128"
+    changes = "--steps 8 --lr 0.001 --eval_every 4 --save_every 1 --batch_size 1 --grad_clipping 0.5 --update_proj_gap 3 --keep 2 --eval_tokens 128 --total_batch_size 4"
     output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", *changes.split())
     assert code == 0, output
     for line in ("steps was 4 and is 8 from here on", "lr was 0.005 and is 0.001", "batch_size was 2 and is 1", "grad_clipping was 0.0 and is 0.5",
-                 "keep was 9 and is 2", "the run had momentum_of_2031 7, which this version of train.py does not know", "(2 x 1 x 1 sequences"):  # fmt: skip
+                 "keep was 9 and is 2", "the run had momentum_of_2031 7, which this version of train.py does not know", "(4 x 1 x 1 sequences"):  # fmt: skip
         assert line in output
     lines = log_of_any(tmp_path / "run")
     assert sum("args" in line for line in lines) == 2 and lines[-1]["val_tokens"] == 128
-    assert lines[-2]["lr"] == pytest.approx(0.0001) and [line["tokens"] for line in lines if "loss" in line] == [64 * i for i in range(1, 9)]
+    assert lines[-2]["lr"] == pytest.approx(0.0001) and [line["tokens"] for line in lines if "loss" in line] == [64, 128, 192, 256, 384, 512, 640, 768]
     assert sorted(file.name for file in (tmp_path / "run").glob("*.pt")) == ["checkpoint-00000007.pt", "checkpoint-00000008.pt"]
+    assert torch.load(newest(tmp_path / "run"), weights_only=True)["optimizer"]["param_groups"][0]["update_proj_gap"] == 3
+
+
+def test_the_batch_is_split_anew_for_other_processes(monkeypatch, tmp_path):
+    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 8 again on one; a GPU that is not there is told."""
+    one = train.arguments().parse_args([])
+    config = train.settle(one, None)
+    train.fit(config, one, True)
+    checkpoint = dict(args=train.kept(one), config=vars(config), step=5)
+    for processes, sequences in ((2, 4), (1, 8), (8, 1)):
+        monkeypatch.setattr(train, "world", lambda: processes)
+        args = train.arguments().parse_args(["--resume", "--device", "cpu"])
+        train.fit(train.settle(args, checkpoint), args, True)
+        assert args.batch_size == sequences and train.accumulation(args) == 1
+    monkeypatch.setattr(train, "LOCAL_RANK", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="no GPU for process 4 of this machine: torchrun --nproc_per_node=2"):
+        train.settle(train.arguments().parse_args([]), None)
 
 
 def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
@@ -2127,6 +2159,13 @@ def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, toke
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data_dir", tokens)
     said = [line for line in output.splitlines() if "torch.compile does not work here" in line]
     assert code == 0 and len(said) == 1 and "RuntimeError: Cannot find a working triton installation.)" in said[0], output
+
+
+def test_stopwatch():
+    """Refreshing happens inside the optimiser and is not counted twice; what is neither it, nor data, nor optimiser is the model."""
+    spans = [("optimiser", 1.0, 4.0), ("refresh", 2.0, 2.5), ("data", 0.0, 0.25), ("optimiser", 5.0, 6.0), ("step", 0.0, 10.0)]
+    expected = dict(step=10.0, data=0.25, optimiser=3.5, refresh=0.5, model=5.75)
+    assert train.Stopwatch(torch.device("cpu")).seconds(spans) == expected
 
 
 def test_learning_rate_schedule():

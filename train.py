@@ -306,17 +306,19 @@ def with_(args: argparse.Namespace, **changes) -> argparse.Namespace:
 
 
 def free_memory(args: argparse.Namespace) -> float:
-    """GB that a run may take on the device; infinite if that cannot be known; for a plan without a GPU, a 24 GiB card's."""
-    if args.device.startswith("cuda"):  # the fullest of all, so that all choose alike
-        return -0.97 * highest(-torch.cuda.mem_get_info(args.device)[0]) / 1e9  # the rest goes to workspaces of kernels, and to gaps
-    if args.card:
-        return 0.97 * (24 * 2**30 - 5e8) / 1e9  # half a GB is CUDA's own
-    try:
-        with open("/proc/meminfo") as f:
+    """GB that a run may take on the device, of all its devices the fullest; infinite if that cannot be known; for a plan without a GPU, a
+    24 GiB card's."""
+    free = math.inf
+    if args.device.startswith("cuda"):
+        free = 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9  # the rest goes to workspaces of kernels, and to gaps
+    elif args.card:
+        free = 0.97 * (24 * 2**30 - 5e8) / 1e9  # half a GB is CUDA's own
+    else:
+        with suppress(OSError), open("/proc/meminfo") as f:
             # half: malloc keeps much of what is freed (60M, 32 x 256 tokens: 4.2 GB resident, 2.4 planned)
-            return 0.5 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 / 1e9
-    except OSError:
-        return math.inf
+            free = 0.5 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 / 1e9
+            free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return -highest(-free)
 
 
 def world() -> int:
@@ -595,11 +597,10 @@ class Brake:
 
     def fetch(self, read):
         """What read() returns, in all processes; or Stop, in all of them."""
-        result = None
         try:
             self.reading = True
-            result = read()
-        except KeyboardInterrupt:
+            result = None if self.asked else read()
+        except KeyboardInterrupt:  # from `ask`
             pass
         except (ValueError, OSError) as error:
             self.problem = str(error)
@@ -773,7 +774,7 @@ def main() -> None:
             args.compile = False
             tell(f"torch.compile does not work here, so nothing is compiled, which is slower but gives the same ({why})")
         choose_out_dir(args)
-        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir")} | dict(step=checkpoint and checkpoint["step"])
+        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir", "compile")} | dict(step=checkpoint and checkpoint["step"])
         same = zlib.crc32(json.dumps(same).encode())
         refuse(highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; with --resume all must find "
                "the same checkpoint in --out_dir, a folder that they share or a copy of it")  # fmt: skip
@@ -791,7 +792,7 @@ def main() -> None:
         parser.error(str(error))
     problem = train(model, args, said, checkpoint, tokenizer, stream, val)
     if world() > 1:
-        dist.barrier()  # none leaves before the checkpoint is written: torchrun would end the others
+        highest(0)  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
     if problem:
         time.sleep(3 * bool(RANK))
