@@ -30,12 +30,14 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import urllib.request
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
@@ -57,10 +59,11 @@ class EndOfData(Exception):
     """The validation data is used up."""
 
 
-def tell(line: str):
-    """One line to the user, from one process of many, without tearing a progress bar."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(line, file=sys.stderr)
+def tell(line: str, always: bool = False):
+    """One line to the user, from one process of many unless `always`, without tearing a progress bar, be it the parent's."""
+    if always or os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # a terminal that is gone ends nothing
+            tqdm.write("\r\033[K" * sys.stderr.isatty() + line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def make(path: Path, write, resumable: bool = False):
                         part.rename(path)
                     except BaseException:
                         if not resumable:
-                            part.unlink()
+                            part.unlink(missing_ok=True)
                         raise
     except OSError as error:
         raise ValueError(f"{path} could not be made: {error} (--data_dir names another folder)") from None
@@ -204,7 +207,7 @@ def make(path: Path, write, resumable: bool = False):
 
 def download(url: str, path: Path, background: bool):
     """Fetches `url`, going on where an earlier attempt ended, until length and gzip checksum are right. After trouble it
-    waits (as long as the server says, else 1, 2, 4 ... 600 s); ValueError after 4 times without progress, in the
+    waits (as long as the server says, up to an hour, else 1, 2, 4 ... 600 s); ValueError after 4 times without progress, in the
     background after 40 (some six hours: a night without network is survived)."""
     def write(file):
         failures = 0
@@ -233,9 +236,11 @@ def download(url: str, path: Path, background: bool):
                 if failures >= (40 if background else 4):
                     raise ValueError(f"{url} could not be downloaded ({error}): start again to go on from {path}.part, or bring "
                                      f"{path.name} into {path.parent} by other means; --data python needs no download") from None
-                wait = getattr(error, "headers", {}).get("Retry-After") or ""
-                wait = int(wait) if wait.isdigit() else min(2 ** (failures - 1), 600)
-                tqdm.write(f"{path.name}: {error}; trying again in {wait} s", file=sys.stderr)
+                wait, after = min(2 ** (failures - 1), 600), getattr(error, "headers", {}).get("Retry-After") or ""
+                with suppress(ValueError):  # neither seconds nor a date
+                    after = int(after) if after.isdigit() else parsedate_to_datetime(after).timestamp() - time.time() + 1
+                    wait = min(max(int(after), wait // 8), 3600)  # // 8: a server's "0" must not use up the patience in a moment
+                tell(f"{path.name}: {error}; trying again in {wait} s", always=True)
                 time.sleep(wait)
     make(path, write, resumable=True)
 
@@ -261,12 +266,18 @@ def prepare(shard: Shard, tokenizer: Tokenizer, folder: Path, background: bool =
 
 
 def prepare_beside(shard: Shard, tokenizer_name: str, folder: Path):
-    """Body of the process that runs beside training. It keeps its errors to itself: training comes to them when it needs
-    the shard, if they are still there then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
+    """Body of the process that runs beside training. Its errors are told and stop nothing: training comes to them when it
+    needs the shard, if they are still there then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, also with one that was killed:
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own kind outlives a process that is ended, and the user would read of it
     os.nice(19)
-    with suppress(ValueError):
+    with suppress(AttributeError, OSError):  # Linux has a class below that: only what nobody else wants, and nobody waits for it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
         prepare(shard, get_tokenizer(tokenizer_name), folder, background=True)
+    except ValueError as error:
+        tell(f"{shard.name} could not be made ready ahead ({error}); it is tried again when training comes to it", always=True)
 
 
 def tokenise(shard: Shard, tokenizer: Tokenizer, file, background: bool):
@@ -290,8 +301,7 @@ def tokenise(shard: Shard, tokenizer: Tokenizer, file, background: bool):
         windows[:] = windows[np.random.default_rng(0).permutation(len(windows))]
         windows.flush()
     rates = [tokens / 1e6 / seconds for seconds in (time.perf_counter() - wall, time.process_time() - cpu)]
-    if not background:
-        tell(f"{shard.name}: {tokens:,} {tokenizer.name} tokens, {rates[0]:.2f} M/s in all, {rates[1]:.2f} M/s per core")
+    tell(f"{shard.name}: {tokens:,} {tokenizer.name} tokens, {rates[0]:.2f} M/s in all, {rates[1]:.2f} M/s per core")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,21 +347,31 @@ class Stream:
         """Makes shard i the current one, waiting for it if need be, and has the next one prepared meanwhile."""
         if i == self.index:
             return
-        path = prepare(self.shards[i], self.tokenizer, self.folder)
+        shard, following, training = self.shards[i], self.shards[(i + 1) % len(self.shards)], self.index is not None
+        if training and not token_files(shard, self.tokenizer, self.folder):
+            tell(f"waiting for {shard.name}: it is not downloaded and tokenised yet")
+        path = prepare(shard, self.tokenizer, self.folder, background=training)
         self.tokens, self.index = np.memmap(path, self.tokenizer.dtype, "r"), i
         if self.held:
             cut = len(self.tokens) - len(self.tokens) // 100
             self.tokens = self.tokens[:cut] if self.split == "train" else self.tokens[cut:]
-        if self.split == "val" or i + 1 == len(self.shards):
+        if self.split == "val" or os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a machine does it for all
             return
-        following = self.shards[i + 1]
-        if not token_files(following, self.tokenizer, self.folder):
-            process = multiprocessing.get_context("spawn").Process  # daemon: it ends with this one
-            process(target=prepare_beside, args=(following, self.tokenizer.name, self.folder), daemon=True).start()
-        if 0 < self.keep_shards < len(self.shards):
-            last = self.shards[i + 1 - self.keep_shards]
-            for file in token_files(last, self.tokenizer, self.folder) + (last.files if last.url else []):
-                file.unlink(missing_ok=True)
+        if not token_files(following, self.tokenizer, self.folder):  # daemon: it ends with this process
+            multiprocessing.get_context("spawn").Process(target=prepare_beside, args=(following, self.tokenizer.name, self.folder), daemon=True).start()
+        if self.keep_shards:
+            self._sweep(i)
+
+    def _sweep(self, i: int):
+        """Deletes tokens and downloads of all shards but the next one and the keep_shards - 1 before it."""
+        gone = [shard for j, shard in enumerate(self.shards) if (i + 1 - j) % len(self.shards) >= self.keep_shards]
+        names = tuple(f"{shard.name}.{self.tokenizer.name}." for shard in gone)
+        old = [file for file in self.folder.iterdir() if file.name.startswith(names) and file.name.endswith((".tokens", ".tokens.part"))]
+        for file in old + [Path(f"{shard.files[0]}{end}") for shard in gone if shard.url for end in ("", ".part")]:
+            with suppress(FileNotFoundError, BlockingIOError), open(file, "r+b") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not if another run is just filling it
+                file.unlink()
+                tell(f"{file.name} deleted, as keep_shards is {self.keep_shards}")
 
     def _read(self, n: int) -> np.ndarray:
         """The next n tokens, over shard boundaries; fewer only where validation ends."""
@@ -375,8 +395,12 @@ class Stream:
         """Process `rank`'s stripe of the next world * sequences sequences: x and y, int64 (sequences, seq_len), y one
         token further on. All processes move on by the same amount. EndOfData at the end of validation."""
         import torch  # here, so that fetching and tokenising start without it
-        wanted = world * sequences * self.seq_len + 1
-        ids = self._read(wanted)
+        wanted, before = world * sequences * self.seq_len + 1, dict(vars(self))
+        try:
+            ids = self._read(wanted)
+        except BaseException:  # a damaged shard, Ctrl-C while waiting for one: if it is asked again, nothing was skipped
+            vars(self).update(before)
+            raise
         if len(ids) == wanted:
             self.offset -= 1  # the last target is the next batch's first input
         n = (len(ids) - 1) // self.seq_len

@@ -8,19 +8,24 @@ NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache
 """
 
 import copy
+import email.utils
+import fcntl
 import gc
 import gzip
 import http.server
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1503,7 +1508,7 @@ class Server:
     """Serves a folder under /NAME with Range; `trouble[name]` is a list of what to do to the next requests for it."""
 
     def __init__(self, folder):
-        self.trouble, self.log, outer = {}, [], self
+        self.trouble, self.log, self.retry_after, outer = {}, [], "0", self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def log_message(self, *_):
@@ -1516,7 +1521,7 @@ class Server:
                 outer.log.append((name, kind, start))
                 if kind in (429, 503) or not (folder / name).exists():
                     self.send_response(kind or 404)
-                    self.send_header("Retry-After", "0")
+                    self.send_header("Retry-After", outer.retry_after)
                     return self.end_headers()
                 whole = (folder / name).read_bytes()
                 if start >= len(whole):
@@ -1603,6 +1608,283 @@ def test_c4_deletes_what_keep_shards_does_not_keep(tmp_path, server, alone):
         stream.batch(1)
     assert sorted(file.name[:14] for file in here.glob("*.json.gz")) == ["c4-train.00003"]
     assert targets(data.open_data("c4", BYTES, "train", 16, state=state, **options), 3) == first
+
+
+C4 = "c4-train.{:05d}-of-01024.json.gz"
+
+
+def test_keep_shards_leaves_nothing_behind(tmp_path, server, alone, monkeypatch):
+    """Wherever a run starts and goes, round the end too, keep_shards=3 leaves the next shard and the two before it: what earlier
+    runs left goes, .part downloads too, but no file that another process is just filling, no other tokenizer's, no text of the user's."""
+    find = data.find_shards
+    monkeypatch.setattr(data, "find_shards", lambda *args: (find(*args)[0][:6], *find(*args)[1:]))
+    c4_like(tmp_path / "served", shards=6)
+    here = tmp_path / "here"
+    options = dict(data_dir=str(here), data_url=server.url)
+    stream, states = data.open_data("c4", BYTES, "train", 16, **options), {}
+    while stream.epoch == 0:  # all are kept
+        states[stream.index] = stream.state_dict()
+        stream.batch(1)
+    others = ["mine.txt", "c4-train.00000-of-01024.json.gz.gpt2.0123456789ab.tokens", "c4-train.00000-of-01024.json.gz.bytes.notes.txt"]
+    for name in [*others, C4.format(0) + ".part", C4.format(1) + ".part", C4.format(3) + ".bytes.0123456789ab.tokens.part", C4.format(2) + ".part"]:
+        (here / name).write_bytes(b"x")
+    for name in others:
+        (here / name).touch()
+
+    def shards():
+        return sorted({int(file.name[9:14]) for file in here.iterdir() if file.name.startswith("c4-train") and file.name not in others})
+
+    with open(here / (C4.format(1) + ".part")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        stream = data.open_data("c4", BYTES, "train", 16, state=states[4], keep_shards=3, **options)
+        assert shards() == [1, 3, 4, 5] and (here / (C4.format(1) + ".part")).exists()
+    windows = []
+    while len(windows) < 4:
+        if stream.batch(1) and (not windows or windows[-1] != (stream.index, shards())):
+            windows.append((stream.index, shards()))
+    assert windows == [(5, [4, 5]), (0, [0, 5]), (1, [0, 1]), (2, [1, 2])]  # the next one is not there yet
+    assert all((here / name).exists() for name in others)
+
+
+def test_several_processes_of_a_machine_have_one_child(tmp_path, monkeypatch):
+    """Of the processes that torchrun starts on a machine only local rank 0 has the next shard made ready."""
+    started = []
+    process = SimpleNamespace(start=lambda: started.append(os.environ.get("LOCAL_RANK")))
+    monkeypatch.setattr(data, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=lambda **_: process)))
+    c4_like(tmp_path)
+    for rank in ("0", "1", None):
+        monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK")
+        data.open_data(str(tmp_path), BYTES, "train", 16)
+    assert started == ["0", None]
+
+
+def test_trouble_of_the_next_shard_is_told_at_once(tmp_path, capfd):
+    """What is wrong with the second shard is told, in one line, while the first is trained on; which goes on."""
+    c4_like(tmp_path)
+    bad = tmp_path / C4.format(1)
+    bad.write_bytes(bad.read_bytes()[:-40])
+    stream, said, deadline = data.open_data(str(tmp_path), BYTES, "train", 16), "", time.time() + 20
+    while "\n" not in said.partition("made ready ahead")[2] and time.time() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.05)
+    (line,) = [line for line in said.splitlines() if "00001" in line]
+    assert "could not be made ready ahead" in line and "json.gz, after line" in line and "tried again when training comes to it" in line
+    stream.batch(1)
+
+
+def test_training_waits_longer_than_a_start(tmp_path, server, alone, monkeypatch, capsys):
+    """While training is under way a server may stay away ten times in a row, where a start gives up after four; what is
+    waited for is told in one line, and no second bar is drawn."""
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    ids = expected(c4_like(tmp_path / "served", shards=2))
+    server.trouble = {C4.format(1): [503] * 10}
+    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    assert "%|" in capsys.readouterr().err
+    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
+    said = capsys.readouterr().err
+    assert said.count("waiting for c4-train.00001") == 1 and said.count("trying again") == 10 and "%|" not in said
+
+
+@pytest.mark.parametrize("after, least, most", [("7", 7, 7), ("date", 99, 101), ("9999999", 3600, 3600), ("soon", 1, 1), ("-3", 1, 1),
+                                                ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("²", 1, 1)])
+def test_retry_after(tmp_path, server, alone, monkeypatch, after, least, most):
+    """A server may say how long to wait in seconds or as a date; at most an hour is waited, and never less than nothing."""
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    c4_like(tmp_path / "served", shards=1)
+    server.trouble, server.retry_after = {C4.format(0): [503]}, after
+    if after == "date":
+        server.retry_after = email.utils.formatdate(time.time() + 100, usegmt=True)
+    data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    assert len(waits) == 1 and least <= waits[0] <= most
+
+
+def test_a_server_that_says_0_does_not_use_up_the_patience(tmp_path, server, alone, monkeypatch):
+    """Forty refusals with "Retry-After: 0" last more than half an hour all the same."""
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    (tmp_path / "served").mkdir()
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        data.download(server.url.replace("{}", "x"), tmp_path / "x", background=True)
+    assert len(waits) == 39 and waits[:3] == [0, 0, 0] and sum(waits) > 1800
+
+
+# ---- interrupted
+
+@contextmanager
+def interrupted_after(seconds):
+    """Ctrl-C: a signal handler that raises."""
+    def raise_it(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_on(stream, got, until):
+    """Batches over many shards are read to `got` until it has `until` values. Returns the state before the last try, which failed or not."""
+    while len(got) < until:
+        state = copy.deepcopy(stream.state_dict())
+        try:
+            got += flat(stream.batch(8)[1])
+        except BaseException:
+            assert stream.state_dict() == state
+            raise
+
+
+def test_interrupted_while_waiting_for_another_process(tmp_path, alone):
+    """Ctrl-C while another process holds the lock on the next shard leaves the stream where it stood: read on, it repeats and skips nothing."""
+    ids = expected(c4_like(tmp_path, shards=3, documents=12))
+    stream = data.open_data(str(tmp_path), BYTES, "train", 100)
+    path = data.prepare(stream.shards[2], BYTES, tmp_path)
+    path.unlink()
+    got = []
+    with open(f"{path}.part", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with interrupted_after(0.5):
+            read_on(stream, got, len(ids))
+    state = stream.state_dict()
+    read_on(stream, got, len(ids) - 801)
+    assert got == ids[1:len(got) + 1] and stream.index == 2 and not list(tmp_path.glob("*.part"))
+    again = data.open_data(str(tmp_path), BYTES, "train", 100, state=state)
+    assert flat(again.batch(8)[1]) == ids[state["seen"] + 1:state["seen"] + 801]
+
+
+def test_interrupted_while_waiting_for_the_network(tmp_path, server, alone, capsys):
+    """Ctrl-C between two tries of a download keeps what has come, frees the lock, and leaves the stream where it stood."""
+    ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
+    server.trouble, server.retry_after = {C4.format(1): ["drop"] + [503] * 9}, "60"
+    stream, got = data.open_data("c4", BYTES, "train", 100, data_dir=str(tmp_path / "here"), data_url=server.url), []
+    with interrupted_after(2):
+        read_on(stream, got, len(ids))
+    assert "trying again in 60 s" in capsys.readouterr().err and (tmp_path / "here" / (C4.format(1) + ".part")).stat().st_size > 1000
+    server.trouble, server.log = {}, []
+    read_on(stream, got, len(ids) - 801)
+    assert got == ids[1:len(got) + 1] and [start > 0 for name, _, start in server.log if name == C4.format(1)] == [True]
+
+
+def test_a_damaged_shard_mended_is_read_on(tmp_path, alone):
+    """After a damaged shard stopped a batch that had begun in the shard before, and has been mended, the stream goes on without a gap."""
+    ids = expected(c4_like(tmp_path, shards=3, documents=12))
+    bad, got = tmp_path / C4.format(2), []
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-40])
+    stream = data.open_data(str(tmp_path), BYTES, "train", 100)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="00002"):
+            read_on(stream, got, len(ids))
+    bad.write_bytes(whole)
+    read_on(stream, got, len(ids) - 801)
+    assert got == ids[1:len(got) + 1] and stream.index == 2
+
+
+def test_interrupted_just_after_a_file_was_whole(tmp_path, monkeypatch):
+    """Ctrl-C at the very moment of the rename stays Ctrl-C, and the file stays."""
+    rename = Path.rename
+    def rename_and_raise(*args):
+        rename(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "rename", rename_and_raise)
+    with pytest.raises(KeyboardInterrupt):
+        data.make(tmp_path / "x", lambda file: file.write(b"whole"))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"whole")]
+
+
+# ---- children
+
+def test_the_child_ends_with_a_killed_parent(tmp_path, server):
+    """Kill -9 of training ends the process beside it within seconds, in the middle of a wait for the network; the next start goes on from there."""
+    ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
+    server.trouble, server.retry_after = {C4.format(1): ["drop"] + [503] * 99}, "1000"
+    script = ("import data, sys, time\nif __name__ == '__main__':\n"
+              "    data.open_data('c4', data.get_tokenizer('bytes'), 'train', 16, data_dir=sys.argv[1], data_url=sys.argv[2])\n    time.sleep(100)\n")
+    (tmp_path / "script.py").write_text(script)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "here"), server.url],
+                               env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.time() + 30
+    while [name for name, *_ in server.log].count(C4.format(1)) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    part = tmp_path / "here" / (C4.format(1) + ".part")
+    with open(part, "ab") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child is at it
+        process.kill()
+        process.wait()
+        with killed_within(5):
+            fcntl.flock(file, fcntl.LOCK_EX)
+    server.trouble, server.log = {}, []
+    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
+    assert [start > 0 for name, _, start in server.log if name == C4.format(1)] == [True]
+
+
+@contextmanager
+def killed_within(seconds):
+    """Fails instead of waiting for ever."""
+    def fail(*_):
+        raise AssertionError("the lock is still held")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def stream_over_a_bad_server(tmp_path, server, monkeypatch, shards, seed=0):
+    """Reads `shards` shards with real processes beside, from a server that misbehaves at random, and checks tokens and disk."""
+    rng, find = random.Random(seed), data.find_shards
+    monkeypatch.setattr(data, "find_shards", lambda *args: (find(*args)[0][:shards], *find(*args)[1:]))
+    ids, here = expected(c4_like(tmp_path / "served", shards=shards, documents=40)), tmp_path / "here"
+    kinds = ("drop", 503, 429, "html", "corrupt", "short", "long", "no range")
+    server.trouble = {C4.format(i): rng.sample(kinds, rng.choice((0, 0, 1, 2))) for i in range(shards)}
+    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(here), data_url=server.url, keep_shards=2)
+    got, troubles = [], {}
+    while len(got) < len(ids) - 33:
+        got += flat(stream.batch(2)[1])
+        window = {stream.index, (stream.index + 1) % shards}
+        there = {int(file.name[9:14]) for file in here.iterdir() if file.name.startswith("c4-train")}
+        assert there <= window, (stream.index, there)
+        if stream.index not in troubles:
+            troubles[stream.index] = True
+            if rng.random() < 0.7:  # the child is done first; else the shard is wanted while it is at it
+                deadline = time.time() + 30
+                while not list(here.glob(C4.format((stream.index + 1) % shards) + "*.tokens")) and time.time() < deadline:
+                    time.sleep(0.02)
+            else:
+                time.sleep(1)
+    assert got == ids[1:len(got) + 1]
+    return server
+
+
+def test_shards_stream_past_a_bad_server(tmp_path, server, monkeypatch):
+    """With real processes beside, a server that misbehaves and keep_shards=2, the tokens are those of the undisturbed stream, and no more than
+    two shards are ever on disk."""
+    stream_over_a_bad_server(tmp_path, server, monkeypatch, shards=4)
+
+
+def test_low_priority(tmp_path, server):
+    """The process beside training runs in the scheduler's idle class: only while nobody else wants the core."""
+    if not hasattr(os, "SCHED_IDLE"):
+        pytest.skip("no SCHED_IDLE here")
+    c4_like(tmp_path / "served", shards=1)
+    server.retry_after, before = "1000", set(multiprocessing.active_children())
+    data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
+    (child,) = set(multiprocessing.active_children()) - before
+    deadline = time.time() + 20
+    while C4.format(1) not in [name for name, *_ in server.log] and time.time() < deadline:
+        time.sleep(0.02)
+    policy = os.sched_getscheduler(child.pid)
+    child.kill()
+    assert policy == os.SCHED_IDLE
 
 
 # ---- bad input
@@ -1810,16 +2092,14 @@ def run_here(monkeypatch, tmp_path, capsys, *options):
     """train.main() in this process; returns what it printed, and its exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    import signal as signals
-
-    before = [signals.getsignal(s) for s in (signals.SIGINT, signals.SIGTERM)]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         train.main()
         code = 0
     except SystemExit as leave:
         code = leave.code
     finally:
-        [signals.signal(s, handler) for s, handler in zip((signals.SIGINT, signals.SIGTERM), before)]
+        [signal.signal(s, handler) for s, handler in zip((signal.SIGINT, signal.SIGTERM), before)]
     printed = capsys.readouterr()
     return printed.out + printed.err, code
 
@@ -1915,8 +2195,6 @@ FEW = "--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_si
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, tmp_path, capsys, tokens):
     """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during validation: the run saves, leaves with 0
     and prints the line that goes on; what is resumed ends like a run that was not stopped."""
-    import signal as signals
-
     options = [*FEW, *"--steps 6 --eval_every 3 --save_every 99 --data_dir".split(), tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
@@ -1926,7 +2204,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
         calls.append(1)
         if len(calls) == 3:
             for _ in range(1 if where == "data" else 2):  # torchrun passes on the Ctrl-C that the terminal has sent to all
-                os.kill(os.getpid(), getattr(signals, name))
+                os.kill(os.getpid(), getattr(signal, name))
             if where == "data":
                 time.sleep(60)
             patch.setattr(data.Stream, "batch", None)  # from here on nothing is read
@@ -2046,7 +2324,7 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
     room again, or at the end, all is written, and nothing is missing."""
     options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
-    save, sync, saves, waits = torch.save, os.fsync, [], []
+    save, saves, waits = torch.save, [], []
     no_space = OSError(28, "No space left on device")
 
     def full(what, file):

@@ -52,9 +52,11 @@ def busy(pid: int | None = None) -> float:
         return 0.0
 
 
-def python_source(file: Path) -> Path:
-    with gzip.open(file, "wt") as f:
-        f.writelines(json.dumps({"text": source.read_text(errors="replace")}) + "\n" for source in data.python_files("train"))
+def like_c4(file: Path, text: Path | None) -> Path:
+    """The text, or Python's own source, as json lines of documents of about C4's length."""
+    with gzip.open(file, "wt", compresslevel=1) as f:
+        for whole, _ in data.documents(text) if text else ((source.read_text(errors="replace"), True) for source in data.python_files("train")):
+            f.writelines(json.dumps({"text": whole[i : i + 2200]}) + "\n" for i in range(0, len(whole), 2200))
     return file
 
 
@@ -103,8 +105,7 @@ def main() -> None:
                   "gpu": torch.cuda.get_device_name() if "cuda" in args.device else None, "python": platform.python_version(), "torch": torch.__version__,
                   "tiktoken": data.tiktoken.__version__, "load before": os.getloadavg()[0]}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        text = args.data or python_source(Path(folder, "python.jsonl.gz"))
-        shard = data.Shard("endless", [text] * 1000)
+        shard = data.Shard("endless", [like_c4(Path(folder, "text.jsonl.gz"), args.data)] * 1000)
         child = multiprocessing.get_context("spawn").Process(target=data.prepare_beside, args=(shard, args.tokenizer, Path(folder)), daemon=True)
         child.start()
 
@@ -131,7 +132,7 @@ def main() -> None:
                 os.kill(child.pid, signal.SIGSTOP)
             everything, of_child, own, wall = (b - a for a, b in zip(marks, (busy(), busy(child.pid), busy(os.getpid()), time.perf_counter())))
             rows.append(times | {"others": (everything - of_child - own) / wall})
-        done, worked, beside = made() - done, busy(child.pid) - worked, sum(row["child"] for row in rows)
+        done, worked, beside = max(1, made() - done), busy(child.pid) - worked, sum(row["child"] for row in rows)
         os.kill(child.pid, signal.SIGCONT)
         child.kill()
         child.join()

@@ -79,7 +79,7 @@ def kill(folder: Path, kind: str, chance: random.Random, args: argparse.Namespac
     while process.poll() is None and len(seen) < wanted:
         seen |= half_written(folder, KINDS[kind], begun)
         time.sleep(0.0005)
-    time.sleep(chance.uniform(0, 0.02 if kind != "any moment" else 2))
+    time.sleep(chance.uniform(0, 0.02 if kind != "any moment" else 0.5))
     if process.poll() is not None:
         sys.exit(f"the run ended by itself, with code {process.returncode}; give it more --steps if this is its end:\n{process.communicate()[0]}")
     process.kill() if chance.random() < 0.5 else os.killpg(process.pid, signal.SIGKILL)
@@ -109,11 +109,11 @@ def same(a, b) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, help="default: 16 for each kill; too few, and the run ends before it was killed often enough")
+    parser.add_argument("--steps", type=int, help="default: 6 for each kill; with too few the run ends before it was killed often enough")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the moments")
     parser.add_argument("--json", help="where the result goes (default: experiments/results/torture.json, for the full 50 kills only)")
     args = parser.parse_args()
-    args.steps = args.steps or 16 * args.kills
+    args.steps = args.steps or 6 * args.kills
     chance, resumes, half, begun = random.Random(args.seed), 0, [], time.time()
     kinds = [list(KINDS)[i % 3] for i in range(args.kills)]
 
