@@ -19,6 +19,7 @@ sweeps, trackers.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,16 +123,16 @@ def arguments() -> argparse.ArgumentParser:
 def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     """Fills in what was not given, from the checkpoint or the recipe. ValueError for what cannot be honoured."""
     a = vars(args)
-    given = {k for k in a if a[k] is not None}
+    given, news = {k for k in a if a[k] is not None}, []
     for k, old in (checkpoint["args"] if checkpoint else {}).items():
         if k not in a:
-            tell(f"the run had {k} {old}, which this version of train.py does not know: left out")
+            news.append(f"the run had {k} {old}, which this version of train.py does not know: left out")
         elif k not in given:
             a[k] = old
         elif a[k] != old and k in FIXED:
             raise ValueError(f"the run in {args.out_dir} has {k} {old}, not {a[k]}: that cannot change; take another --out_dir")
         elif a[k] != old:
-            tell(f"{k} was {old} and is {a[k]} from here on")
+            news.append(f"{k} was {old} and is {a[k]} from here on")
     if checkpoint and "batch_size" not in given and args.total_batch_size % (args.batch_size * world()):
         args.batch_size = None  # was for another total, or another number of processes
     refuse(args.init and not checkpoint and (args.size or args.vocab_size), "--init brings its shape and vocabulary along: leave --size and --vocab_size out")
@@ -185,6 +187,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     args.vocab_size = config.vocab_size
     short = min(config.hidden_size, config.num_key_value_heads * config.head_dim)
     refuse(args.galore and not 0 < args.rank < short, f"--rank {args.rank} must be at least 1 and below {short}, the shortest side of the model's matrices")
+    for line in news:
+        tell(line)
     return config
 
 
@@ -326,10 +330,16 @@ def world() -> int:
 
 
 def highest(value: float) -> float:
-    """Of all processes. It goes over gloo, from host to host: no GPU waits for it."""
+    """Of all processes. It goes from host to host: no GPU waits for it."""
     if dist.is_initialized():
-        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
+        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX, group=hosts())
     return float(value)
+
+
+@cache
+def hosts() -> dist.ProcessGroup:
+    """Of all processes, with patience for one that waits for its data or for room on the disk; that one died it notices at once."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def fit(config: Config, args: argparse.Namespace, on_this_device: bool) -> str:
@@ -374,6 +384,7 @@ def save(folder: Path, keep: int, **what) -> bool:
     path = folder / f"checkpoint-{what['step']:08d}.pt"
     part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             torch.save(what, f)
             f.flush()
@@ -419,6 +430,20 @@ def choose_out_dir(args: argparse.Namespace) -> None:
     refuse(not writable(Path(args.out_dir)), f"--out_dir {args.out_dir} cannot be written: take another")
 
 
+def lock(folder: str) -> int:
+    """Makes the folder, and keeps other processes from training in it for as long as the number returned is not closed. ValueError if one does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(f"another process is training in {folder}: wait for its end, or take another --out_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return number
+
+
 def holds_a_run(folder: Path) -> bool:
     """More than the first line of a log, which is all that a run leaves if it ends before its first checkpoint."""
     log = folder / "log.jsonl"
@@ -443,7 +468,6 @@ class Log:
         self.tensorboard, self.board = args.tensorboard, None
         if RANK:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(True)[: checkpoint["log_lines"]] if line.endswith("\n")]
         start = dict(step=checkpoint["step"]) if checkpoint else {}
@@ -536,7 +560,7 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch, show) -> dict:
         total += model(x.to(args.device), y.to(args.device)).item() * y.numel() if len(x) else 0.0
         show(f"validation {count / args.eval_tokens:.0%}")
     if world() > 1:
-        dist.all_reduce(total := torch.tensor(total, dtype=torch.float64))
+        dist.all_reduce(total := torch.tensor(total, dtype=torch.float64), group=hosts())
     loss = float(total) / count
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
 
@@ -578,10 +602,11 @@ class Stop(Exception):
 
 
 class Brake:
-    """Ends a run between two steps. `asked`: when, by Ctrl-C, SIGTERM or a closed terminal; `problem`: a sentence, or ""."""
+    """Ends a run between two steps. `asked`: when, by Ctrl-C, SIGTERM or a closed terminal; `problem`: a sentence, or "". While it is
+    `idle` (starting, waiting for data or for room on the disk, for hours perhaps) nothing is half done: it is interrupted at once."""
 
     def __init__(self):
-        self.asked, self.problem, self.reading = 0.0, "", False
+        self.asked, self.problem, self.idle = 0.0, "", True
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
                 signal.signal(number, self.ask)
@@ -589,7 +614,7 @@ class Brake:
     def ask(self, number, frame) -> None:
         if not self.asked:
             self.asked = time.monotonic()
-            if self.reading:  # which may wait for the network, for hours
+            if self.idle:
                 raise KeyboardInterrupt
         elif time.monotonic() > self.asked + 2:  # a second one ends the run at once, but not torchrun's echo of the first
             signal.signal(number, signal.SIG_DFL)
@@ -598,14 +623,14 @@ class Brake:
     def fetch(self, read):
         """What read() returns, in all processes; or Stop, in all of them."""
         try:
-            self.reading = True
+            self.idle = True
             result = None if self.asked else read()
         except KeyboardInterrupt:  # from `ask`
             pass
         except (ValueError, OSError) as error:
             self.problem = str(error)
         finally:
-            self.reading = False
+            self.idle = False
         if highest(self.asked > 0 or self.problem != ""):
             raise Stop
         return result
@@ -642,8 +667,8 @@ class Stopwatch:
         return total | dict(model=total["step"] - total["data"] - total["optimiser"] - total["refresh"])
 
 
-def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val) -> str:
-    """To the last step, or to where it is asked to end. Returns what keeps it from going on, a sentence, or ""."""
+def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, brake: Brake) -> None:
+    """To the last step, or to where it is asked to end, or has a problem."""
     device, config, opt = torch.device(args.device), model.config, prepare(model, args)
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
     step, skipped, scores = 0, 0, {}
@@ -666,10 +691,11 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
          f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {config.vocab_size:,}")  # fmt: skip
     show_plan(config, args, said)
 
-    log, folder, brake, watch = Log(args, checkpoint, n), Path(args.out_dir), Brake(), Stopwatch(device)
+    brake.idle = False
+    log, folder, watch = Log(args, checkpoint, n), Path(args.out_dir), Stopwatch(device)
     opt.collect, opt.move, opt.refresh = watch.timed("optimiser", opt.collect), watch.timed("optimiser", opt.move), watch.timed("refresh", opt.refresh)
     fetch = watch.timed("data", brake.fetch)
-    bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0.05, disable=RANK != 0 or not sys.stderr.isatty(),
+    bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0, disable=RANK != 0 or not sys.stderr.isatty(),
                bar_format="{n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}")  # fmt: skip
     start, saved = step, step if checkpoint else -1  # a checkpoint of step 0, too: a run can always be resumed
     began = shown = told = time.perf_counter()
@@ -718,6 +744,7 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
                 scores = dict(step=step, **evaluate(model, val, args, brake.fetch, bar.set_postfix_str))
                 log.add(**scores)
                 log.write()
+                bar.set_postfix_str(f"validation loss {scores['val_loss']:.3f}")
                 tell(f"step {step}: validation loss {scores['val_loss']:.4f}")
             if last:
                 break
@@ -738,11 +765,15 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
     except Stop:
         report()
     bar.close()
-    while RANK == 0 and step > saved and streak <= PATIENCE and not write_checkpoint(position):
-        tell("waiting a minute for room on the disk (Ctrl-C twice gives up)")
-        time.sleep(60)
+    finished, brake.idle = step == args.steps and scores.get("step") == step, True
+    with suppress(KeyboardInterrupt):
+        for _ in range(24 * 60 * (RANK == 0 and step > saved and (finished or not streak))):
+            if write_checkpoint(position):
+                break
+            tell("waiting a minute, for a day at most, until the disk takes it (Ctrl-C gives up)")
+            time.sleep(60)
 
-    if step < args.steps or scores.get("step") != step:
+    if not finished:
         launcher = "torchrun (as before)" if world() > 1 else "python"
         tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {launcher} train.py --resume --out_dir {args.out_dir}")
     else:
@@ -753,12 +784,13 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
             texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
             tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
         tell(f"log: {log.path}   checkpoint: {', '.join(map(str, checkpoints(folder)))}")
-    return brake.problem
 
 
 def main() -> None:
-    parser = arguments()
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed ones are None
+    parser, brake = arguments(), Brake()
     args = parser.parse_args()
+    args.processes = world()
     on_this_device = args.device is not None
     try:  # whatever can be known to be wrong is said here, before any work
         checkpoint = read_checkpoint(args.out_dir) if args.resume else None
@@ -766,7 +798,7 @@ def main() -> None:
         if world() > 1 and not args.plan:
             if args.device.startswith("cuda"):
                 torch.cuda.set_device(args.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         said = fit(config, args, on_this_device)
         if args.plan:
             return show_plan(config, args, said)
@@ -786,21 +818,23 @@ def main() -> None:
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
+        locked = lock(args.out_dir) if RANK == 0 else os.open(os.devnull, os.O_RDONLY)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; when it leaves, torchrun ends the others
         parser.error(str(error))
-    problem = train(model, args, said, checkpoint, tokenizer, stream, val)
+    train(model, args, said, checkpoint, tokenizer, stream, val, brake)
+    os.close(locked)
     if world() > 1:
         highest(0)  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
-    if problem:
+    if brake.problem:
         time.sleep(3 * bool(RANK))
-        sys.exit(problem)
+        parser.exit(2, f"train.py: {brake.problem}\n")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before the first step; from there on Ctrl-C saves
-        sys.exit("interrupted")
+    except KeyboardInterrupt:
+        print("interrupted before the first step: there is nothing to save")
