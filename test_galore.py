@@ -2355,6 +2355,30 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-00000008.pt", "log.jsonl"]
 
 
+def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
+    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards it may."""
+    options = [*FEW, "--steps", "2", "--data_dir", tokens]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")[1] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    locked = train.lock(str(tmp_path / "run"))
+    output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", "--steps", "3")
+    assert code == 2 and "another process is training in run" in output
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    os.close(locked)
+    assert run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", "--steps", "3")[1] == 0
+
+
+def test_without_a_terminal_and_without_a_folder(tokens, tmp_path):
+    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last checkpoint is there."""
+    command = [sys.executable, str(HERE / "train.py"), *FEW, "--steps", "40", "--save_every", "10", "--data_dir", tokens, "--out_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for_step(tmp_path / "run" / "log.jsonl", 10, process)
+    for path in (tmp_path / "run").iterdir():
+        path.unlink()
+    (tmp_path / "run").rmdir()
+    assert process.wait(timeout=60) == 0 and newest(tmp_path / "run").name == "checkpoint-00000040.pt"
+
+
 def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):
     """--tensorboard is refused with the pip line where the package is not installed; else it holds what the log holds."""
     with monkeypatch.context() as patch:

@@ -466,6 +466,7 @@ class Log:
     def __init__(self, args: argparse.Namespace, checkpoint: dict | None, parameters: int):
         self.path, self.waiting, self.full, lines = Path(args.out_dir, "log.jsonl"), [], False, []
         self.tensorboard, self.board = args.tensorboard, None
+        self.lock = lock(args.out_dir) if RANK == 0 else os.open(os.devnull, os.O_RDONLY)
         if RANK:
             return
         if checkpoint and self.path.exists():
@@ -489,6 +490,7 @@ class Log:
         text = "".join(json.dumps(line) + "\n" for line in self.waiting).encode()
         try:
             if text:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "ab", buffering=0) as f:
                     end = f.seek(0, os.SEEK_END)
                     try:
@@ -622,18 +624,21 @@ class Brake:
 
     def fetch(self, read):
         """What read() returns, in all processes; or Stop, in all of them."""
+        result = None if self.asked else self.interruptible(read)
+        if highest(self.asked > 0 or self.problem != ""):
+            raise Stop
+        return result
+
+    def interruptible(self, function):
         try:
             self.idle = True
-            result = None if self.asked else read()
+            return function()
         except KeyboardInterrupt:  # from `ask`
             pass
         except (ValueError, OSError) as error:
             self.problem = str(error)
         finally:
             self.idle = False
-        if highest(self.asked > 0 or self.problem != ""):
-            raise Stop
-        return result
 
 
 class Stopwatch:
@@ -667,7 +672,7 @@ class Stopwatch:
         return total | dict(model=total["step"] - total["data"] - total["optimiser"] - total["refresh"])
 
 
-def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, brake: Brake) -> None:
+def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, log: Log, brake: Brake) -> None:
     """To the last step, or to where it is asked to end, or has a problem."""
     device, config, opt = torch.device(args.device), model.config, prepare(model, args)
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
@@ -692,7 +697,7 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
     show_plan(config, args, said)
 
     brake.idle = False
-    log, folder, watch = Log(args, checkpoint, n), Path(args.out_dir), Stopwatch(device)
+    folder, watch = Path(args.out_dir), Stopwatch(device)
     opt.collect, opt.move, opt.refresh = watch.timed("optimiser", opt.collect), watch.timed("optimiser", opt.move), watch.timed("refresh", opt.refresh)
     fetch = watch.timed("data", brake.fetch)
     bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0, disable=RANK != 0 or not sys.stderr.isatty(),
@@ -765,17 +770,19 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
     except Stop:
         report()
     bar.close()
-    finished, brake.idle = step == args.steps and scores.get("step") == step, True
-    with suppress(KeyboardInterrupt):
-        for _ in range(24 * 60 * (RANK == 0 and step > saved and (finished or not streak))):
-            if write_checkpoint(position):
-                break
-            tell("waiting a minute, for a day at most, until the disk takes it (Ctrl-C gives up)")
-            time.sleep(60)
+    finished = step == args.steps and scores.get("step") == step
+    for minute in range(24 * 60 * (RANK == 0 and step > saved and (finished or not streak))):
+        if write_checkpoint(position):
+            break
+        tell("waiting a minute, for a day at most, until the disk takes it (Ctrl-C gives up)")
+        asked = brake.asked
+        brake.interruptible(lambda: time.sleep(60))
+        if brake.asked > asked:
+            break
 
     if not finished:
-        launcher = "torchrun (as before)" if world() > 1 else "python"
-        tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {launcher} train.py --resume --out_dir {args.out_dir}")
+        again = f"to go on from the checkpoint of step {saved}: {'torchrun (as before)' if world() > 1 else 'python'} train.py --resume --out_dir {args.out_dir}"
+        tell(f"stopped after step {step}; {again if saved >= 0 else 'there is no checkpoint'}")
     else:
         tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
         if math.isfinite(scores["val_loss"]) and RANK == 0:
@@ -818,13 +825,13 @@ def main() -> None:
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
-        locked = lock(args.out_dir) if RANK == 0 else os.open(os.devnull, os.O_RDONLY)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
+        log = Log(args, checkpoint, model.num_parameters())
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; when it leaves, torchrun ends the others
         parser.error(str(error))
-    train(model, args, said, checkpoint, tokenizer, stream, val, brake)
-    os.close(locked)
+    train(model, args, said, checkpoint, tokenizer, stream, val, log, brake)
+    os.close(log.lock)
     if world() > 1:
         highest(0)  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()

@@ -169,10 +169,16 @@ def main() -> None:
         parser.error("matplotlib is not installed: pip install -r experiments/requirements.txt")
     if not 0 <= args.smooth < 1:
         parser.error(f"--smooth {args.smooth} must be 0 or more, and below 1")
-    try:
-        runs = [read(path, args.smooth) for path in args.logs]
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    runs, wrong = [], []
+    for path in args.logs:
+        try:
+            runs.append(read(path, args.smooth))
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    if not runs:
+        parser.error(wrong[0])
+    for sentence in wrong:  # a run that was killed as it began does not spoil the picture of the others
+        print(f"left out: {sentence}", file=sys.stderr)
     give_names(runs)
     args.out = args.out if args.out.suffix else args.out.with_suffix(".png")
     try:
