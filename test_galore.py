@@ -2355,6 +2355,36 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-00000008.pt", "log.jsonl"]
 
 
+@pytest.mark.parametrize("when", ["after a bad step", "no room"])
+def test_asked_to_stop_where_nothing_can_be_saved(when, monkeypatch, tmp_path, capsys, tokens):
+    """Ctrl-C right after a skipped step leaves the checkpoint of before; while it waits for room on the disk it gives up; both say from where to go on."""
+    options = [*FEW, *"--steps 3 --save_every 99 --out_dir run --data_dir".split(), tokens]
+    step, save = train.training_step, torch.save
+
+    def bad(model, opt, batches, accumulate):
+        os.kill(os.getpid(), signal.SIGINT)
+        (model(*next(batches)) * math.nan).backward()
+        opt.step()
+        return torch.tensor(math.nan)
+
+    def full(what, file):
+        if what["step"]:
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    with monkeypatch.context() as patch:
+        if when == "no room":
+            patch.setattr(torch, "save", full)
+            patch.setattr(train.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            patch.setattr(train, "training_step", bad)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options)
+    assert code == 0 and [path.name for path in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000000.pt"]
+    assert output.count("waiting a minute") == (when == "no room")
+    if when != "no room":
+        assert "stopped after step 1; to go on from the checkpoint of step 0: python" in output
+
+
 def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
     """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards it may."""
     options = [*FEW, "--steps", "2", "--data_dir", tokens]
