@@ -2059,7 +2059,7 @@ def test_the_documented_command_learns(unbroken):
 def test_killed_three_times():
     """experiments/torture.py: killed at a random moment, while a checkpoint is written and while a shard is tokenised, and resumed: weights,
     moments, data position and log are those of a run that was left alone, to the last bit."""
-    command = [sys.executable, str(HERE / "experiments" / "torture.py"), "--kills", "3", "--steps", "24"]
+    command = [sys.executable, str(HERE / "experiments" / "torture.py"), "--kills", "3", "--steps", "24", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "3 kills" in done.stdout and "log: 27 lines, equal" in done.stdout, done.stdout + done.stderr
 
@@ -2401,12 +2401,15 @@ def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
 def test_without_a_terminal_and_without_a_folder(tokens, tmp_path):
     """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last checkpoint is there."""
     command = [sys.executable, str(HERE / "train.py"), *FEW, "--steps", "40", "--save_every", "10", "--data_dir", tokens, "--out_dir", str(tmp_path / "run")]
-    process = subprocess.Popen(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for_step(tmp_path / "run" / "log.jsonl", 10, process)
-    for path in (tmp_path / "run").iterdir():
-        path.unlink()
-    (tmp_path / "run").rmdir()
-    assert process.wait(timeout=60) == 0 and newest(tmp_path / "run").name == "checkpoint-00000040.pt"
+    process = subprocess.Popen(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        wait_for_step(tmp_path / "run" / "log.jsonl", 10, process)
+        for path in (tmp_path / "run").iterdir():
+            path.unlink()
+        (tmp_path / "run").rmdir()
+        assert process.wait(timeout=60) == 0 and newest(tmp_path / "run").name == "checkpoint-00000040.pt"
+    finally:
+        process.kill()
 
 
 def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):

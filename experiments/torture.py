@@ -1,8 +1,8 @@
 """
 Kill -9, again and again: is anything lost, or done twice?
 
-    python experiments/torture.py                          50 kills, about eight minutes; writes experiments/results/torture.json
-    python experiments/torture.py --kills 3 --steps 24     what the test does
+    python experiments/torture.py                                  50 kills, about eight minutes; writes experiments/results/torture.json
+    python experiments/torture.py --kills 3 --steps 24 --seed 1      what the test does
 
 Two runs of the toy model with the same arguments, on text in ten shards. One is left alone. The other is killed and resumed until
 it has been killed --kills times, then runs to its end. A third of the kills falls at a random moment (start-up, training,
@@ -75,7 +75,7 @@ def kill(folder: Path, kind: str, chance: random.Random, args: argparse.Namespac
         for file in folder.rglob("*.tokens"):
             file.unlink()
     process, begun, seen = start(folder, args), time.time(), set()
-    wanted = dict(checkpoint=1 + chance.randrange(4), tokenising=1 + chance.randrange(2)).get(kind, chance.randrange(3) > 0)  # so many such files
+    wanted = dict(checkpoint=1 + chance.randrange(8), tokenising=1 + chance.randrange(2)).get(kind, chance.randrange(3) > 0)  # so many such files
     while process.poll() is None and len(seen) < wanted:
         seen |= half_written(folder, KINDS[kind], begun)
         time.sleep(0.0005)
@@ -109,11 +109,11 @@ def same(a, b) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, help="default: 6 for each kill; with too few the run ends before it was killed often enough")
+    parser.add_argument("--steps", type=int, help="default: 9 for each kill; with too few the run ends before it was killed often enough")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the moments")
     parser.add_argument("--json", help="where the result goes (default: experiments/results/torture.json, for the full 50 kills only)")
     args = parser.parse_args()
-    args.steps = args.steps or 6 * args.kills
+    args.steps = args.steps or 9 * args.kills
     chance, resumes, half, begun = random.Random(args.seed), 0, [], time.time()
     kinds = [list(KINDS)[i % 3] for i in range(args.kills)]
 
