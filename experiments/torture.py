@@ -2,7 +2,7 @@
 Kill -9, again and again: is anything lost, or done twice?
 
     python experiments/torture.py                                  50 kills, about eight minutes; writes experiments/results/torture.json
-    python experiments/torture.py --kills 3 --steps 24 --seed 1      what the test does
+    python experiments/torture.py --kills 2 --steps 12 --seed 2      what the test does
 
 Two runs of the toy model with the same arguments, on text in ten shards. One is left alone. The other is killed and resumed until
 it has been killed --kills times, then runs to its end. A third of the kills falls at a random moment (start-up, training,
