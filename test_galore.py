@@ -1,7 +1,7 @@
 """
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
-    pip install -r requirements.txt pytest && pytest -q                      # two minutes on two CPU cores
+    pip install -r requirements.txt pytest && pytest -q                      # three minutes on two CPU cores
     pip install galore-torch transformers safetensors bitsandbytes tensorboard   # the oracles; without them their tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds tests on real text.
