@@ -2538,3 +2538,169 @@ def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
     assert code == 0 and "vocabulary 50,304" in output, output
     losses = [line["loss"] for line in log_of_any(tmp_path / "out" / "60m-galore-r128-8bit") if "loss" in line]
     assert len(losses) == 2 and all(10.5 < loss < 11.2 for loss in losses)
+
+
+# ----- experiments/ -------------------------------------------------------------------------------------------------
+
+
+def experiment(name):
+    """A script of experiments/ as a module."""
+    folder = str(HERE / "experiments")
+    sys.path.insert(0, folder)
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(folder)
+
+
+def two_layers():
+    """Two linear layers, one tall and one wide, and a batch that they are to map."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 8, bias=False)).double()
+    return model, torch.randn(64, 12).double(), torch.randn(64, 8).double()
+
+
+def descend(model, opt, x, y, steps=25, before=lambda: None, after=lambda: None):
+    losses = []
+    for _ in range(steps):
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        before(), opt.step(), after()
+        losses.append(loss.item())
+    return losses
+
+
+ANY = {"AdamW": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1), "Adafactor": lambda p: torch.optim.Adafactor(p, 0.05, weight_decay=0.1),
+       "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1), "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_algorithm_1_with_all_directions_is_the_optimiser_itself(name):
+    """experiments/figure3.py: with P = I and alpha = 1, `Projected` around any optimiser takes the steps of the optimiser alone."""
+    Projected = experiment("figure3").Projected
+    model, x, y = two_layers()
+    alone = copy.deepcopy(model)
+    galore_ = Projected([model[0].weight, model[2].weight], rank=8, scale=1.0)
+    galore_.P = [torch.eye(min(W.shape)).double() for W in galore_.W]
+    galore_.Z = [nn.Parameter(galore.rows(W).detach().clone()) for W in galore_.W]
+    galore_.t = 1  # P stays
+    ours = descend(model, ANY[name](galore_.Z), x, y, before=galore_.project, after=galore_.project_back)
+    theirs = descend(alone, ANY[name](alone.parameters()), x, y)
+    assert ours == pytest.approx(theirs, rel=1e-9) and theirs[-1] < theirs[0]
+
+
+def test_algorithm_1_turns_nothing_that_sgd_would_notice():
+    """SGD with momentum is the same in any basis of the whole space: a random orthonormal P, refreshed once, changes nothing; and
+    alpha is a factor of the learning rate."""
+    Projected = experiment("figure3").Projected
+    model, x, y = two_layers()
+    model = nn.Sequential(nn.Linear(12, 12, bias=False), nn.Tanh(), nn.Linear(12, 8, bias=False)).double()
+    alone = copy.deepcopy(model)
+    galore_ = Projected([model[0].weight], rank=12, update_proj_gap=100, scale=0.25)
+    galore_.P[0].copy_(torch.linalg.qr(torch.randn(12, 12).double())[0])
+    others = [model[2].weight]
+    opt = torch.optim.SGD([dict(params=galore_.Z, lr=0.4), dict(params=others, lr=0.1)], momentum=0.9)
+    ours = descend(model, opt, x, y, before=galore_.project, after=galore_.project_back)
+    theirs = descend(alone, torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9), x, y)
+    assert ours == pytest.approx(theirs, rel=1e-5) and theirs[-1] < theirs[0]
+
+
+def test_algorithm_1_works_with_every_optimiser_of_torch():
+    """All of torch.optim but SparseAdam lower the loss, at rank 3 of 8 and with refreshes; LBFGS by its closure."""
+    Projected = experiment("figure3").Projected
+    names = [name for name, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+    names = set(names) - {"Optimizer", "SparseAdam"}
+    assert len(names) >= 13
+    for name in sorted(names):
+        model, x, y = two_layers()
+        galore_ = Projected([model[0].weight, model[2].weight], rank=3, update_proj_gap=10)
+        opt = getattr(torch.optim, name)(galore_.Z, lr=1.0 if name in ("Adadelta", "LBFGS") else 0.03)
+        first = F.mse_loss(model(x), y).item()
+        if name == "LBFGS":
+
+            def closure():
+                galore_.project_back()
+                opt.zero_grad()
+                loss = F.mse_loss(model(x), y)
+                loss.backward()
+                galore_.project()
+                return loss
+
+            opt.step(closure)
+            galore_.project_back()
+        else:
+            descend(model, opt, x, y, before=galore_.project, after=galore_.project_back)
+        assert F.mse_loss(model(x), y).item() < 0.999 * first, name
+    with pytest.raises(ValueError, match="rank 9 does not fit"):
+        Projected([model[2].weight], rank=9)
+
+
+def test_low_rank_layers():
+    """experiments/lora.py: LoRA computes at first what the layer did, and after a merge what it did before; factors are the best
+    rank-r approximation; only A and B (and what is not replaced) get gradients."""
+    lora = experiment("lora")
+    model = Llama(Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2))
+    tokens, names = torch.randint(64, (2, 16)), [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{name}"]
+    before, weights = model(tokens), {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    adapted, factored = copy.deepcopy(model), copy.deepcopy(model)
+    layers = lora.low_rank(adapted, rank=4, kind="relora")
+    assert len(layers) == len(names) == 14 and torch.equal(adapted(tokens), before)
+    for layer in layers:
+        nn.init.normal_(layer.B, 0, 0.02)
+    old, changed = layers[0].A.clone(), adapted(tokens)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    for layer in layers:
+        layer.merge()
+    assert torch.allclose(adapted(tokens), changed, atol=1e-5) and not layers[0].B.any() and not torch.equal(layers[0].A, old)
+    adapted(tokens, tokens).backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert {name.rpartition(".")[2] for name in trained if ".layers." in f".{name}" and "layernorm" not in name} == {"A", "B"}
+    assert "lm_head.weight" in trained
+
+    lora.low_rank(factored, rank=4, kind="factors")
+    for name in names:
+        layer, S = factored.get_submodule(name), torch.linalg.svdvals(weights[name])
+        assert layer.W0 is None
+        error = (layer.B @ layer.A - weights[name]).square().sum()
+        assert torch.allclose(error, S[4:].square().sum(), rtol=1e-4)  # Eckart and Young
+    for bad, sentence in [(dict(rank=32, kind="lora"), "rank 32 must be"), (dict(rank=4, kind="dora"), "kind is 'dora'"), (dict(rank=4, kind="lora", which="conv"), "no nn.Linear")]:
+        with pytest.raises(ValueError, match=sentence):
+            lora.low_rank(copy.deepcopy(model), **bad)
+
+
+def test_lora_is_peft():
+    """The same weights in peft's adapter give the same outputs."""
+    lora, peft = experiment("lora"), oracle("peft", "peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16))
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=32, target_modules=["0"]))
+    (layer,) = lora.low_rank(model, rank=4, kind="lora", which="0")
+    nn.init.normal_(layer.B)
+    theirs.base_model.model[0].lora_A["default"].weight.data.copy_(layer.A.data)
+    theirs.base_model.model[0].lora_B["default"].weight.data.copy_(layer.B.data)
+    x = torch.randn(5, 24)
+    assert torch.allclose(model(x), theirs(x), atol=1e-5)
+
+
+def test_relora_starts_again():
+    """At each of its restarts W0 changes, B is zero and its moments and step count are gone; the rate warms up again; others' moments stay."""
+    lora = experiment("lora")
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    layers = lora.low_rank(model, rank=2, kind="relora", which="0")
+    opt = GaLoreAdamW(lora.groups(model, layers), lr=0.01)
+    lora.restart_every(opt, layers, steps=3, warmup=2, times=2)
+    rates, restarts, x = [], [], torch.randn(4, 8)
+    for step in range(1, 13):
+        opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 0.01
+        W0 = layers[0].W0.clone()
+        opt.zero_grad()
+        (model(x) - x.roll(1, 0)).square().sum().backward()
+        opt.step()
+        rates.append(opt.param_groups[1]["lr"] / 0.01)
+        again = not torch.equal(W0, layers[0].W0)
+        assert again == (not layers[0].B.any()) == (layers[0].B not in opt.state) == (opt.param_groups[0]["t"] == 0)
+        assert opt.param_groups[1]["t"] == step and model[1].weight in opt.state
+        restarts += [step] * again
+    assert restarts == [3, 6]
+    assert rates == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1, 1, 1, 1])

@@ -1,0 +1,120 @@
+"""
+Table 2 of the paper: pre-training with GaLore, against full rank, low-rank factors, LoRA and ReLoRA.
+
+    python experiments/table2.py                   toy on bytes, 30 runs of three minutes on one core; writes results/table2.json, figures/table2.png
+    python experiments/table2.py --quick           12 steps of a tiny model
+    python experiments/table2.py --size 60m --data TEXT.jsonl.gz --tokenizer gpt2 --seq_len 256 --total_batch_size 128 --steps 400 --rank 128 \\
+        --dtype bfloat16 --minutes 9               on a GPU; the same command goes on with the runs that are left
+
+All methods see the same tokens in the same order, with the same warm-up and cosine, and each gets as many learning rates. The rate with the lowest
+validation loss counts; with several --seeds it is chosen on the first, and the others are run at it.
+
+Columns: validation loss (nats a token), perplexity, bits a byte; bytes of weights and optimiser states, measured, which must be what the paper's
+Table 1 says of the matrices and three values for each other parameter, or the script ends with an error; tokens a second, all methods taking
+turns in one process.
+
+LoRA and ReLoRA start from random, frozen weights and have no full-rank warm-up, as in the paper (lora.py); ReLoRA restarts three times. GaLore
+is thin, the others plain. All are galore.GaLoreAdamW, which is AdamW where no rank is given.
+"""
+
+import math
+import statistics
+import time
+
+import torch
+from runs import FOLDER, curves, make_model, options, parse, show, spread, stepper, sweep, write  # first: it finds the files below
+
+import lora
+from adam8bit import BLOCK, SMALLEST
+from data import get_tokenizer, open_data
+from galore import GaLoreAdamW, param_groups, thin
+
+METHODS = {"full rank": {}, "GaLore": {}, "8-bit GaLore": {}, "low rank": {"kind": "factors"}, "LoRA": {"kind": "lora"}, "ReLoRA": {"kind": "relora"}}
+RATES = {"full rank": [0.00025, 0.0005, 0.001, 0.002, 0.004], "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04], "8-bit GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
+         "low rank": [0.001, 0.002, 0.004, 0.008, 0.016], "LoRA": [0.001, 0.002, 0.004, 0.008, 0.016], "ReLoRA": [0.001, 0.002, 0.004, 0.008, 0.016]}  # fmt: skip
+PAPER = {"full rank": "34.06 (0.36G)", "GaLore": "34.88 (0.24G)", "low rank": "78.18 (0.26G)", "LoRA": "34.99 (0.36G)", "ReLoRA": "37.04 (0.36G)"}  # 60M
+
+
+def build(model, run: dict) -> GaLoreAdamW:
+    name, lr, seed = run["method"], run["lr"], run["seed"]
+    if "GaLore" in name:
+        opt = GaLoreAdamW(param_groups(model, run["rank"], run["T"], run["alpha"]), lr=lr, seed=seed, state_bits=8 if "8-bit" in name else 32)
+        thin(model, opt)
+    elif "kind" in run:
+        layers = lora.low_rank(model, run["rank"], run["kind"])
+        opt = GaLoreAdamW(lora.groups(model, layers), lr=lr, seed=seed)
+        if run["kind"] == "relora":
+            lora.restart_every(opt, layers, steps=max(2, run["steps"] // 4), warmup=run["steps"] // 40, times=3)
+    else:
+        opt = GaLoreAdamW(model.parameters(), lr=lr, seed=seed)
+    return opt
+
+
+def table1(run: dict) -> int:
+    """Bytes of weights and states by the paper's Table 1 (m <= n), and of all other parameters 3 values each."""
+    model = make_model(run, "meta")
+    wide, r, name = torch.empty(0, dtype=getattr(torch, run["dtype"])).element_size(), run["rank"], run["method"]
+
+    def state(values: int, width: int = 4) -> int:  # moments are fp32; of 8-bit GaLore, codes with an fp32 scale for each block
+        return values + 4 * -(-values // BLOCK) if "8-bit" in name and values >= SMALLEST else width * values
+
+    *blocks, others = param_groups(model, rank=1)
+    total = sum(wide * p.numel() + 2 * state(p.numel()) for p in others["params"])
+    for m, n in (sorted(p.shape) for group in blocks for p in group["params"]):
+        if "GaLore" in name:
+            total += wide * m * n + state(m * r, wide) + 2 * state(n * r)  # mn; mr + 2nr
+        elif "kind" in run:
+            total += wide * (m * n * (run["kind"] != "factors") + m * r + n * r) + 2 * state(m * r + n * r)  # mn + mr + nr; 2mr + 2nr
+        else:
+            total += wide * m * n + 2 * state(m * n)  # mn; 2mn
+    return total
+
+
+def speed(chosen: dict[str, dict], device: str, rounds: int) -> dict[str, float]:
+    """Tokens a second of each method: the median of `rounds` steps, the methods taking turns in this process."""
+    steps, times = {}, {name: [] for name in chosen}
+    for name, run in chosen.items():
+        model = make_model(run, device)
+        opt = build(model, run)
+        if device.startswith("cuda"):
+            for block in model.model.layers:
+                block.compile(fullgraph=True, dynamic=False)
+        steps[name] = stepper(model, opt, run, open_data(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
+    for t in range(1, rounds + 8):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(t).item()  # waits for the device
+            times[name].append(time.perf_counter() - start)
+    tokens = {name: run["total_batch_size"] * run["seq_len"] for name, run in chosen.items()}
+    return {name: tokens[name] / statistics.median(times[name][7:]) for name in chosen}  # the first seven: compilation, early refreshes
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--rates", type=int, default=5, help="how many learning rates each method gets, the middle ones of five (default: 5)")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that tokens/s is the median of (default: 15)")
+    args, setting = parse(parser)
+    if not 1 <= args.rates <= 5:
+        parser.error(f"--rates {args.rates} must lie between 1 and 5")
+    args.rates, args.rounds = (1, 2) if args.quick else (args.rates, args.rounds)
+    first = (5 - args.rates) // 2
+    found = sweep(build, METHODS, {name: rates[first : first + args.rates] for name, rates in RATES.items()}, setting, args)
+    chosen = {name: result["run"] for name, result in found.items()}
+    tokens_per_s = speed(chosen, args.device, args.rounds)
+    rows = []
+    for name, result in found.items():
+        run, measured = result["run"], result["run"]["weight_bytes"] + result["run"]["state_bytes"]
+        if measured != table1(run):
+            raise SystemExit(f"{name}: weights and states take {measured:,} bytes, and not the {table1(run):,} of the paper's Table 1")
+        rows.append({"method": name, "validation loss": spread(result["losses"]), "perplexity": round(math.exp(statistics.mean(result["losses"])), 3),
+                     "bits a byte": round(run["bits_per_byte"], 4), "weights + states, MB": round(measured / 1e6, 2), "states, MB": round(run["state_bytes"] / 1e6, 2),
+                     "tokens/s": round(tokens_per_s[name]), "of full rank's": round(tokens_per_s[name] / tokens_per_s["full rank"], 2), "lr": result["lr"],
+                     "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items()),
+                     "paper, 60M: perplexity (weights + states)": PAPER.get(name, "")})  # fmt: skip
+    show(f"{setting['size']}, {setting['steps'] * setting['total_batch_size'] * setting['seq_len'] / 1e6:.2f} M tokens, rank {setting['rank']}", rows)
+    write(args, setting, table=rows, runs=list(chosen.values()))
+    curves(found, FOLDER / "figures" / f"{args.out.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
