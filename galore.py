@@ -93,7 +93,31 @@ def refresh(state: dict[str, Tensor], Y: Tensor, ok: Tensor) -> None:
     ok = ok & S.sum().isfinite()
     keep(state, "P", new, ok)
     keep(state, "M", S @ load(state, "M"), ok)
-    keep(state, "V", (S * S) @ load(state, "V"), ok)
+    if "V" in state:
+        keep(state, "V", (S * S) @ load(state, "V"), ok)
+
+
+def muon(R: Tensor, state: dict[str, Tensor], beta: float, shrink: Tensor, ok: Tensor, dtype: torch.dtype) -> Tensor:
+    """Muon's direction in the place of Adam's: the momentum of R with all singular values brought near one, and no V.
+
+    Five Newton-Schulz steps, with the coefficients, Nesterov momentum and scale 0.2 sqrt(n) of torch.optim.Muon ("match_rms_adamw": what is a good
+    rate for AdamW is one here). Muon: Jordan 2024, Liu et al. 2502.16982; in a subspace: SUMO, 2505.24749.
+
+    Args:
+        R: r x n, times `shrink`; state: its M is replaced in place, if `ok`; dtype: of the products.
+
+    Returns:
+        N (r x n, dtype); zero where ok is False.
+    """
+    R = R.float() * shrink
+    M = torch.lerp(load(state, "M"), R, 1 - beta)
+    keep(state, "M", M, ok)
+    X = torch.lerp(R, M, beta)
+    X = (X / X.norm().clamp_min(1e-7)).to(dtype)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return torch.where(ok, 0.2 * X.shape[1] ** 0.5 * X, 0.0)
 
 
 # ----- the gradient that is never formed ----------------------------------------------------------------------------
@@ -180,6 +204,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             moments not turned, P never in 8 bits, nearest rounding. Plain way only.
         compile: fuse the Adam step with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
+        muon: in the subspace the direction is Muon's instead of Adam's (`muon`): half of the moments.
 
     The weights may be bf16 without an fp32 copy: they are rounded stochastically. If torch.distributed is initialised, R is
     averaged over the processes. A step whose gradient (with max_norm: global norm) is not finite leaves the weight (all
@@ -192,10 +217,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None, exact: bool = False,
-                 compile: bool = False, seed: int = 0):  # fmt: skip
+                 compile: bool = False, seed: int = 0, muon: bool = False):  # fmt: skip
         check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
         check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0 (None: no clipping).")
-        self.state_bits, self.max_norm, self.exact, self.compile, self.seed = state_bits, max_norm, exact, compile, seed
+        check(not (exact and muon), "exact=True is the paper to the letter, which has no Muon: leave one of them out.")
+        self.state_bits, self.max_norm, self.exact, self.compile, self.seed, self.muon = state_bits, max_norm, exact, compile, seed, muon
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
         self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
         self.norms = []  # of each R of the step under way
@@ -229,7 +255,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 state.update(zeros("P", (min(p.shape), rank), p.dtype, small and not self.exact, p.device))
                 start = torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)
                 state.update(narrow(state, "P", orthonormal(start)))
-            for name in "MV":
+            for name in "M" if self.muon and rank is not None else "MV":
                 state.update(zeros(name, shape, torch.float32, small, p.device))
         return state
 
@@ -269,8 +295,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ok = self.norms[-1].isfinite() if ok is None else ok  # V, its squares, too
         self.bad = self.bad + ~ok
 
-        N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
-             for g, moments in zip(split(R), pieces(state, "MV")))  # fmt: skip
+        if "V" not in state:
+            N = [muon(R, state, group["betas"][0], shrink, ok, p.dtype)]
+        else:
+            N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
+                 for g, moments in zip(split(R), pieces(state, "MV")))  # fmt: skip
         if "P" in state:
             P = load(state, "P").to(p.dtype)
             N = torch.cat([part.to(p.dtype) for part in N]).view(R.shape).mul_(group["scale"])

@@ -2,7 +2,7 @@
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
     pip install -r requirements.txt pytest && pytest -q                      # three minutes on two CPU cores
-    pip install galore-torch transformers safetensors bitsandbytes tensorboard   # the oracles; without them their tests skip
+    pip install galore-torch transformers safetensors bitsandbytes tensorboard peft scikit-learn   # the oracles; without them their tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds tests on real text.
 """
@@ -238,6 +238,37 @@ def test_identity_basis_is_adamw(shape):
     assert apart(ps, qs) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (16, 16)])
+def test_identity_basis_is_muon(shape, monkeypatch):
+    """muon=True with P = I, r = m and alpha = 1 is torch.optim.Muon; torch's products in bf16, too, are then near ours in fp32."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    bf16 = torch.Tensor.bfloat16
+    for products, limit in ((lambda x: x, 1e-6), (bf16, 2e-3)):
+        ps, qs = parameters(shape), parameters(shape)
+        opt = GaLoreAdamW([dict(params=ps, rank=1, scale=1.0, t=8)], lr=0.01, betas=(0.95, 0), weight_decay=0.1, muon=True)  # t=8: past the first refreshes
+        opt.state[ps[0]] = {"P": torch.eye(16), "M": torch.zeros(16, max(shape))}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "bfloat16", products)
+            walk([opt, torch.optim.Muon(qs, lr=0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")], [ps, qs], 20)
+        assert apart(ps, qs) < limit and apart(ps, parameters(shape)) > 0.01
+
+
+def test_muon_keeps_one_moment():
+    """Projected matrices have M and P, half of Adam's moments; the others M and V. The singular values of the move are alike."""
+    ps = parameters((16, 40), (9,))
+    start = ps[0].detach().clone()
+    opt = GaLoreAdamW([dict(params=ps[:1], rank=8), dict(params=ps[1:])], lr=0.01, muon=True)
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    opt.step()
+    assert [set(opt.state[p]) for p in ps] == [{"P", "M"}, {"M", "V"}]
+    S = torch.linalg.svdvals(ps[0] - start) / (0.01 * 0.25 * 0.2 * 40**0.5)
+    assert S[0] < 1.3 and S[7] > 0.5 and S[8] < 1e-3
+    with pytest.raises(ValueError, match="exact=True"):
+        GaLoreAdamW(ps, exact=True, muon=True)
+
+
 def test_exact_is_galore_torch():
     """exact=True takes galore-torch's trajectory: 30 steps, two refreshes after the first, both orientations, a plain parameter."""
     theirs = oracle("galore_torch", "galore-torch")
@@ -343,7 +374,7 @@ def weights_apart(a, b):
     return apart(a.parameters(), b.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, dict(max_norm=0.5), dict(weight_decay=0.1)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(max_norm=0.5), dict(weight_decay=0.1), dict(muon=True)], ids=str)
 def test_thin_equals_plain(options):
     """Without ever forming G, 20 steps with refreshes inside end at the weights of loss.backward(); opt.step(), to 1e-5;
     so do 4 micro-batches, which a layer-wise optimiser that steps on each of them would not."""
@@ -353,6 +384,7 @@ def test_thin_equals_plain(options):
         assert torch.allclose(opt.norm, other[1].norm, rtol=1e-4)
     assert weights_apart(plain, Net()) > 0.01
     assert weights_apart(plain, trained("plain", **dict(options) | dict(max_norm=0.01))[0]) > 1e-5
+    assert weights_apart(plain, trained("plain", **dict(options) | dict(muon="muon" not in options))[0]) > 1e-3
 
 
 def test_thin_equals_plain_bf16_8bit():
@@ -420,7 +452,7 @@ def test_a_refresh_turns_the_blocks_one_after_the_other():
         assert times == [1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("way", ["plain", "thin"])
+@pytest.mark.parametrize("way", ["plain", "thin", "muon"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])  # the last is finite, but its square is not
 def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
@@ -428,8 +460,8 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
     first); the step is counted; training goes on."""
     torch.manual_seed(0)
     model = Net()
-    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, weight_decay=0.1, max_norm=max_norm)
-    if way == "thin":
+    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, weight_decay=0.1, max_norm=max_norm, muon=way == "muon")
+    if way != "plain":
         thin(model, opt)
     trained(way, 6, model=model, opt=opt)
     target = model.layers[1].down.weight
@@ -451,16 +483,16 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("way", ["plain", "thin"])
-def test_resume_is_bit_for_bit(tmp_path, way, bits, dtype, monkeypatch):
+@pytest.mark.parametrize("way, muon", [("plain", False), ("thin", False), ("thin", True)])
+def test_resume_is_bit_for_bit(tmp_path, way, muon, bits, dtype, monkeypatch):
     """Saved after 9 steps, loaded with weights_only=True into new objects, 9 more steps give the same bits as 18 unbroken."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # so that some of these small matrices are 8-bit
-    unbroken, opt = trained(way, 18, dtype=dtype, state_bits=bits)
-    model, opt = trained(way, 9, dtype=dtype, state_bits=bits)
+    unbroken, opt = trained(way, 18, dtype=dtype, state_bits=bits, muon=muon)
+    model, opt = trained(way, 9, dtype=dtype, state_bits=bits, muon=muon)
     assert all(torch.is_tensor(x) for s in opt.state_dict()["state"].values() for x in s.values())
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "x")
     saved = torch.load(tmp_path / "x", weights_only=True)
-    model, opt = trained(way, 0, dtype=dtype, state_bits=bits)
+    model, opt = trained(way, 0, dtype=dtype, state_bits=bits, muon=muon)
     model.load_state_dict(saved["model"]), opt.load_state_dict(saved["opt"])
     trained(way, 9, model=model, opt=opt, start=9)
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), model.parameters()))
@@ -2110,6 +2142,8 @@ WRONG = {
     "--update_proj_gap 8": "--update_proj_gap has no effect",
     "--galore_scale 1": "--galore_scale has no effect",
     "--exact": "--exact has no effect",
+    "--muon": "--muon has no effect",
+    "--galore --exact --muon": "--exact is the paper to the letter",
     "--galore --rank 0": "--rank 0 must be at least 1 and below 192",
     "--galore --rank -4": "--rank -4 must",
     "--galore --rank 192": "--rank 192 must be at least 1 and below 192",
@@ -2451,7 +2485,7 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("options", ["--size 60m --galore --rank 128 --state_bits 8 --batch_size 1 --total_batch_size 1",
-    "--size 60m --galore --rank 128 --batch_size 8 --total_batch_size 64 --grad_clipping 1 --activation_checkpointing",
+    "--size 60m --galore --rank 128 --batch_size 8 --total_batch_size 64 --grad_clipping 1 --activation_checkpointing --muon",
     "--size 60m --no-layerwise --batch_size 8 --total_batch_size 8", "--size 1b --galore --rank 512 --state_bits 8 --batch_size 4 --total_batch_size 4"])  # fmt: skip
 def test_plan_is_the_simulated_peak(options):
     """--plan's bytes are within 3% of the peak of the real training step on fake tensors (experiments/memory.py)."""
@@ -2704,3 +2738,74 @@ def test_relora_starts_again():
         restarts += [step] * again
     assert restarts == [3, 6]
     assert rates == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["table2", "figure3", "knobs", "gradient_rank", "beyond"])
+def test_comparisons_run(name, tmp_path, monkeypatch, tokens):
+    """The --quick form of every script that makes a table of the paper: it ends, and its json has all methods, finite losses, and the
+    conditions; table2 holds measured bytes against the paper's Table 1 itself."""
+    script, result = experiment(name), tmp_path / f"{name}.json"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", "--quick", "--jobs", "1", "--out", str(result)])
+    script.main()
+    got = json.loads(result.read_text())
+    assert got["conditions"]["command"].startswith(f"python experiments/{name}.py --quick") and got["conditions"]["torch"] == torch.__version__
+    for run in got.get("runs", []):
+        assert math.isfinite(run["val_loss"]) and run["tokens"] == run["steps"] * 4 * 32
+    if name == "table2":
+        assert {row["method"] for row in got["table"]} == {"full rank", "GaLore", "8-bit GaLore", "low rank", "LoRA", "ReLoRA"}
+    if name == "figure3":
+        assert len(got["table"]) == len(got["runs"]) == 8
+    if name == "knobs":
+        assert set(got["tables"]) == {"rank", "T", "alpha", "steps"}
+    if name == "beyond":
+        assert {row["base"] for row in got["variants"]} == {"GaLore", "GaLore, Muon"} and len(got["methods"]) >= 5 and got["cut"]
+    if name == "gradient_rank":
+        full, galore_ = got["found"]["full rank"], got["found"]["GaLore"]
+        assert set(full) == {"stable rank", "best"} and set(galore_) == {"stable rank", "best", "inside P", "kept"}
+        for kind in galore_["best"]:
+            assert all(0 <= inside <= best * 1.0001 <= 1.001 for (_, best), (_, inside) in zip(galore_["best"][kind], galore_["inside P"][kind]))
+
+
+def test_lab_without_a_change_is_galore(tmp_path):
+    """experiments/beyond.py: the copy of the step in which variants are tried takes the steps of galore.py, with Adam and with Muon; each
+    option makes a difference."""
+    beyond, runs = experiment("beyond"), experiment("runs")
+    stream = data.open_data("python", data.get_tokenizer("bytes"), "train", 32, data_dir=str(tmp_path))
+    batches = [stream.batch(4) for _ in range(12)]
+
+    def weights(**options):
+        run = runs.SETTING | runs.QUICK | dict(lr=0.01, seed=0, optimiser="Lab") | options
+        model = runs.make_model(run, "cpu")
+        opt = beyond.build(model, run)
+        for x, y in batches:
+            train.training_step(model, opt, iter([(x, y)]), 1)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    for muon in (False, True):
+        lab = weights(muon=muon)
+        assert torch.allclose(lab, weights(optimiser="GaLore", muon=muon), rtol=0, atol=2e-5)
+        for option in (dict(beta1=0.8), dict(gap=0.2), dict(others=0.5), dict(right="R"), dict(side="long"), dict(side="input"), dict(residual=1.01),
+                       dict(svd=True), dict(shared=True)):  # fmt: skip
+            if muon or "svd" not in option:
+                other = weights(muon=muon, **option)
+                assert (other - lab).abs().max() > 1e-4, option
+
+
+def test_glue(tmp_path):
+    """experiments/glue.py --quick: all five methods learn GLUE's files through transformers and peft; GaLore's state is 4 r (m + 2n)
+    bytes a matrix, full fine-tuning's Adam's two values."""
+    for name, pip in (("transformers", "transformers"), ("peft", "peft"), ("sklearn", "scikit-learn"), ("scipy", "scipy")):
+        oracle(name, pip)
+    done = subprocess.run([sys.executable, str(HERE / "experiments" / "glue.py"), "--quick", "--out", str(tmp_path / "glue.json")],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "glue-quick.json").read_text()
+    rows = {row["method"]: row for row in json.loads(text)["table"]}
+    assert len(rows) == 5 and str(tmp_path) not in text
+    for method, row in rows.items():
+        scores = {name: task["mean"] for name, task in row["tasks"].items()}
+        assert set(scores) == {"CoLA", "STS-B", "MRPC", "MNLI"} and scores.pop("STS-B") > 10 and min(scores.values()) > 80, (method, scores)
+    values = {r: 2 * r * (4 * (32 + 2 * 32) + 2 * (32 + 2 * 64)) for r in (4, 8)}  # two blocks of 4 matrices 32 x 32, 2 of 32 x 64: P, M, V
+    assert all(rows[f"GaLore, r = {r}"]["matrices"] == 4 * values[r] for r in values)
+    assert rows["full fine-tuning"]["matrices"] // 8 == 2 * (4 * 32 * 32 + 2 * 32 * 64) + 6  # and Adam's step, a number for each of 12

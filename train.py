@@ -63,7 +63,7 @@ RECIPES = {
     "mobilellm-350m": PAPER | dict(steps=60_000, rank=256),
 }
 RECIPES["init"] = PAPER | dict(steps=1000, rank=128)  # --init: whatever its shape
-FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "exact", "state_bits", "dtype", "seed")  # not on resume
+FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "muon", "exact", "state_bits", "dtype", "seed")  # not on resume
 PER_START = ("resume", "out_dir", "plan", "device", "card")  # not taken over from a checkpoint
 PATIENCE = 20  # steps in a row whose gradients are not finite, before a run stops
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
@@ -91,6 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--rank", type=int, help="r (default: the paper's for the size)")
     add("--update_proj_gap", type=int, help="T, steps between refreshes of the subspace (default: 200; 7b: 500; toy: 50)")
     add("--galore_scale", type=float, help="alpha (default: 0.25)")
+    add("--muon", action=switch, help="in the subspace the direction is Muon's instead of Adam's: half of the moments, and at toy size a lower loss")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not turned, all matrices at once; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too (default: 32; 7b: 8)")
     add("--layerwise", action=switch, help="each weight moves during the backward pass, full gradients are never formed (default: on)")
@@ -139,15 +140,16 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     args.size = args.size or ("init" if args.init else "toy")
     refuse(args.size not in RECIPES, f"there is no size {args.size!r}; there are {', '.join(SIZES)}")
     recipe = RECIPES[args.size]
-    for k in ("rank", "update_proj_gap", "galore_scale", "exact"):
+    for k in ("rank", "update_proj_gap", "galore_scale", "muon", "exact"):
         refuse(a[k] and not args.galore, f"--{k} has no effect without --galore")
+    refuse(args.exact and args.muon, "--exact is the paper to the letter, which has no Muon: leave one of the two out")
     refuse(args.exact and args.layerwise, "--exact takes an SVD of full gradients, which --layerwise never forms: leave one of the two out")
 
     def default(**values):
         for k, v in values.items():
             a[k] = v if a[k] is None else a[k]
 
-    default(galore=False, exact=False, seed=0, steps=recipe["steps"], data=recipe["data"], seq_len=recipe["seq_len"], data_url=C4_URL, keep_shards=0,
+    default(galore=False, muon=False, exact=False, seed=0, steps=recipe["steps"], data=recipe["data"], seq_len=recipe["seq_len"], data_url=C4_URL, keep_shards=0,
             keep=1, tensorboard=False, grad_clipping=0.0, device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")  # fmt: skip
     refuse(args.data_url != C4_URL and args.data != "c4", f"--data_url says where C4 is, and has no effect with --data {args.data}")
     kind, gpu = args.device.split(":")[0], args.device.startswith("cuda")
@@ -274,7 +276,7 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
     return {
         "weights": w * (sum(s.numel() for s in matrices) + sum(rest)),
         "P": sum(w * n if args.exact else kept(n, w) for n in bases),
-        "M, V of the matrices": 2 * sum(kept(n, 4) for n in inside),
+        "M, V of the matrices": (1 if args.muon else 2) * sum(kept(n, 4) for n in inside),
         "M, V of embedding, head, norms": 2 * sum(kept(n, 4) for n in rest),
         "gradients": gradients,
         "activations": activations,
@@ -572,7 +574,7 @@ def prepare(model: Llama, args: argparse.Namespace) -> galore.GaLoreAdamW:
     model.activation_checkpointing = args.activation_checkpointing
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else model.parameters()
     opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
-                             exact=args.exact, compile=args.compile, seed=args.seed)  # fmt: skip
+                             exact=args.exact, compile=args.compile, seed=args.seed, muon=args.muon)  # fmt: skip
     if args.layerwise:
         galore.thin(model, opt, accumulation(args), args.activation_checkpointing)
     if args.compile:
@@ -688,7 +690,7 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
 
     # what is going to happen
     n, inside = model.num_parameters(), sum(p.numel() for group in opt.param_groups for p in group["params"] if group["rank"])
-    method = f"GaLore, rank {args.rank}, T {args.update_proj_gap}, alpha {args.galore_scale:g}{', exact' * args.exact}" if args.galore else "full-rank AdamW"
+    method = f"GaLore, rank {args.rank}, T {args.update_proj_gap}, alpha {args.galore_scale:g}{', Muon' * args.muon}{', exact' * args.exact}" if args.galore else "full-rank AdamW"
     tell(f"{args.size} LLaMA: {n:,} parameters, {inside:,} of them in projected matrices; {args.dtype} on {args.device}, {world()} process(es)")
     tell(f"{method}; {args.state_bits}-bit moments, {'layer-wise update' if args.layerwise else 'one update for all weights'}, clipping {args.grad_clipping or 'off'}")
     tell(f"lr {args.lr:g} after {args.warmup_steps:,} steps of warm-up, cosine to {args.lr * args.min_lr_ratio:g}, weight decay {args.weight_decay:g}")

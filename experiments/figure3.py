@@ -10,7 +10,7 @@ first and `project` last (torch.optim.LBFGS works so); sparse gradients.
 """
 
 import torch
-from runs import FOLDER, curves, options, parse, show, spread, sweep, write  # first: it finds the files below
+from runs import curves, options, parse, show, spread, sweep, write  # first: it finds the files below
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -93,7 +93,7 @@ def main() -> None:
              "lr": f"{result['lr']:g}", "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())} for name, result in found.items()]  # fmt: skip
     show(f"{setting['size']}, rank {setting['rank']}", rows)
     write(args, setting, table=rows, runs=[result["run"] for result in found.values()])
-    curves(found, FOLDER / "figures" / f"{args.out.stem}.png")
+    curves(found, args.figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections import defaultdict
 from statistics import mean
 
 import torch
-from runs import FOLDER, make_model, options, parse, plot, show, stepper, write  # first: it finds the files below
+from runs import make_model, options, parse, plot, show, stepper, write  # first: it finds the files below
 
 from data import get_tokenizer, open_data
 from galore import GaLoreAdamW, param_groups, rows
@@ -95,7 +95,7 @@ def main() -> None:
     show(f"{setting['size']}, rank {setting['rank']}", table)
     write(args, setting | dict(lr=args.lr, full_lr=args.full_lr), table=table, found=found)
     if plot.Figure:
-        picture(found, setting, FOLDER / "figures" / f"{args.out.stem}.png")
+        picture(found, setting, args.figure)
 
 
 if __name__ == "__main__":

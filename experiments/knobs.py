@@ -8,7 +8,7 @@ One knob at a time; the others, and the learning rate, stay as in the baseline. 
 matrices against that of the rest, and a rank's best learning rate may be another.
 """
 
-from runs import FOLDER, many, options, parse, plot, show, write  # first: it finds the files below
+from runs import many, options, parse, plot, show, write  # first: it finds the files below
 from table2 import build
 
 RANKS = (1 / 12, 1 / 6, 1 / 2, 1, 2, 3)  # of the baseline's
@@ -55,7 +55,7 @@ def main() -> None:
         show(knob, tables[knob])
     write(args, base, tables=tables, runs=runs)
     if plot.Figure and all(tables.values()):
-        picture(tables, FOLDER / "figures" / f"{args.out.stem}.png")
+        picture(tables, args.figure)
 
 
 if __name__ == "__main__":

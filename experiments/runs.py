@@ -20,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +31,7 @@ import train  # noqa: E402
 from data import get_tokenizer, open_data  # noqa: E402
 from model import SIZES, Config, Llama  # noqa: E402
 import plot  # noqa: E402
-from speed import cpu, show, state_bytes  # noqa: E402, F401
+import speed  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=300, warmup_steps=30, min_lr_ratio=0.1,
@@ -48,6 +48,8 @@ def options(text: str) -> argparse.ArgumentParser:
         add(f"--{name}", help=f"as train.py's (default: {SETTING[name]})")
     for name in ("seq_len", "total_batch_size", "steps", "warmup_steps", "eval_tokens", "rank", "T"):
         add(f"--{name}", type=int, help=f"default: {SETTING[name]}" + " (a tenth of the steps)" * (name == "warmup_steps"))
+    for name, word in (("hidden", "width of a model that has no name"), ("layers", "its blocks")):
+        add(f"--{name}", type=int, help=f"{word}, in place of --size")
     add("--alpha", type=float, help=f"GaLore's scale (default: {SETTING['alpha']})")
     add("--seeds", type=int, nargs="+", default=[0], help="of the weights, P and rounding; learning rates are chosen on the first (default: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +65,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     """The arguments, and the setting that they make."""
     args, name = parser.parse_args(), Path(parser.prog).stem
     setting = SETTING | (QUICK if args.quick else {})
-    setting |= {k: v for k, v in vars(args).items() if k in setting and v is not None}
+    setting |= {k: v for k, v in vars(args).items() if k in (*setting, "hidden", "layers") and v is not None}
+    if ("hidden" in setting) != ("layers" in setting):
+        parser.error("--hidden and --layers make a model together: give both")
     if args.steps and args.warmup_steps is None:
         setting["warmup_steps"] = args.steps // 10
     for k, v in setting.items():
@@ -77,6 +81,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     if args.quick and args.out is None:
         args.cache = None  # nothing to keep
     args.out = args.out or FOLDER / "results" / f"{name}{'-quick' * args.quick}.json"
+    args.figure = (FOLDER / "figures" / args.out.name if args.out.parent == FOLDER / "results" else args.out).with_suffix(".png")
     args.command = shlex.join(["python", f"experiments/{name}.py", *(x for x in sys.argv[1:])])
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count())
     try:  # whatever is wrong with the data is said now
@@ -91,7 +96,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
 def conditions(args: argparse.Namespace) -> dict:
     """What a run's figures depend on beside its dict."""
     gpu = args.device.startswith("cuda")
-    return {"device": torch.cuda.get_device_name() if gpu else cpu(), "torch": torch.__version__, "threads a run": None if gpu else 1,
+    return {"device": torch.cuda.get_device_name() if gpu else speed.cpu(), "torch": torch.__version__, "threads a run": None if gpu else 1,
             "python (whose library is the data)": platform.python_version()}  # fmt: skip
 
 
@@ -138,9 +143,24 @@ def train_once(build, run: dict, device: str) -> dict:
     score = train.evaluate(model, val, args, lambda read: read(), lambda text: None)
     part = max(1, run["steps"] // 60)
     curve = [[min(i + part, run["steps"]), round(mean(losses[i : i + part]), 4)] for i in range(0, run["steps"], part)]
-    state = state_bytes(opt) + sum(x.numel() * x.element_size() for x in getattr(opt, "beside", []))
+    state = speed.state_bytes(opt) + sum(x.numel() * x.element_size() for x in getattr(opt, "beside", []))
     stored = {id(x): x.numel() * x.element_size() for x in model.state_dict(keep_vars=True).values()}
     return run | score | dict(curve=curve, weight_bytes=sum(stored.values()), state_bytes=state, seconds=round(seconds, 1), tokens=stream.seen)
+
+
+class Here:
+    """A pool of one process: this one."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
 
 
 def many(build, runs: list[dict], args: argparse.Namespace) -> list[dict]:
@@ -155,11 +175,12 @@ def many(build, runs: list[dict], args: argparse.Namespace) -> list[dict]:
         if key(run | here) not in done and run not in todo:
             todo.append(run)
     total, minutes = len(todo), lambda: (time.monotonic() - begun) / 60  # noqa: E731
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with Here() if args.jobs == 1 else ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         while todo or running:
             while todo and len(running) < args.jobs and minutes() + longest < args.minutes:
                 run = todo.pop(0)
-                running[pool.submit(train_once, build, run, args.device)] = run, minutes()
+                start = minutes()
+                running[pool.submit(train_once, build, run, args.device)] = run, start
             if not running:
                 print(f"--minutes {args.minutes:g} are over: {len(todo)} of {total} runs are left to the same command")
                 break
@@ -197,6 +218,11 @@ def sweep(build, methods: dict[str, dict], rates: dict[str, list[float]], settin
 def spread(losses: list[float]) -> str:
     """Mean of the seeds, and half of the distance between the lowest and the highest."""
     return f"{mean(losses):.4f}" + (f" ±{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else "")
+
+
+def show(title: str, rows: list[dict]) -> None:
+    """A table, numbers to five digits."""
+    speed.show(title, [{key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows])
 
 
 def curves(found: dict[str, dict], path: Path) -> None:

@@ -13,6 +13,9 @@ Columns: validation loss (nats a token), perplexity, bits a byte; bytes of weigh
 Table 1 says of the matrices and three values for each other parameter, or the script ends with an error; tokens a second, all methods taking
 turns in one process.
 
+As in the paper a method has one rate for all of its parameters, and so GaLore, whose alpha makes the matrices' a quarter of it, trains embedding and head at
+a higher one than the others. --others_lr takes that advantage away.
+
 LoRA and ReLoRA start from random, frozen weights and have no full-rank warm-up, as in the paper (lora.py); ReLoRA restarts three times. GaLore
 is thin, the others plain. All are galore.GaLoreAdamW, which is AdamW where no rank is given.
 """
@@ -22,7 +25,7 @@ import statistics
 import time
 
 import torch
-from runs import FOLDER, curves, make_model, options, parse, show, spread, stepper, sweep, write  # first: it finds the files below
+from runs import curves, make_model, options, parse, show, spread, stepper, sweep, write  # first: it finds the files below
 
 import lora
 from adam8bit import BLOCK, SMALLEST
@@ -31,22 +34,24 @@ from galore import GaLoreAdamW, param_groups, thin
 
 METHODS = {"full rank": {}, "GaLore": {}, "8-bit GaLore": {}, "low rank": {"kind": "factors"}, "LoRA": {"kind": "lora"}, "ReLoRA": {"kind": "relora"}}
 RATES = {"full rank": [0.00025, 0.0005, 0.001, 0.002, 0.004], "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04], "8-bit GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
-         "low rank": [0.001, 0.002, 0.004, 0.008, 0.016], "LoRA": [0.001, 0.002, 0.004, 0.008, 0.016], "ReLoRA": [0.001, 0.002, 0.004, 0.008, 0.016]}  # fmt: skip
+         "low rank": [0.0005, 0.001, 0.002, 0.004, 0.008], "LoRA": [0.0005, 0.001, 0.002, 0.004, 0.008], "ReLoRA": [0.0005, 0.001, 0.002, 0.004, 0.008]}  # fmt: skip
 PAPER = {"full rank": "34.06 (0.36G)", "GaLore": "34.88 (0.24G)", "low rank": "78.18 (0.26G)", "LoRA": "34.99 (0.36G)", "ReLoRA": "37.04 (0.36G)"}  # 60M
 
 
 def build(model, run: dict) -> GaLoreAdamW:
-    name, lr, seed = run["method"], run["lr"], run["seed"]
-    if "GaLore" in name:
-        opt = GaLoreAdamW(param_groups(model, run["rank"], run["T"], run["alpha"]), lr=lr, seed=seed, state_bits=8 if "8-bit" in name else 32)
-        thin(model, opt)
-    elif "kind" in run:
+    name, galore, layers = run["method"], "GaLore" in run["method"], None
+    groups = param_groups(model, run["rank"], run["T"], run["alpha"])
+    if "kind" in run:
         layers = lora.low_rank(model, run["rank"], run["kind"])
-        opt = GaLoreAdamW(lora.groups(model, layers), lr=lr, seed=seed)
-        if run["kind"] == "relora":
-            lora.restart_every(opt, layers, steps=max(2, run["steps"] // 4), warmup=run["steps"] // 40, times=3)
-    else:
-        opt = GaLoreAdamW(model.parameters(), lr=lr, seed=seed)
+        groups = lora.groups(model, layers)
+    elif not galore:
+        groups = [dict(params=group["params"]) for group in groups]
+    groups[-1]["lr"] = run.get("others_lr", run["lr"])  # embedding, head and norms
+    opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=8 if "8-bit" in name else 32)
+    if galore:
+        thin(model, opt)
+    if name == "ReLoRA":
+        lora.restart_every(opt, layers, steps=max(2, run["steps"] // 4), warmup=run["steps"] // 40, times=3)
     return opt
 
 
@@ -93,7 +98,10 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rates", type=int, default=5, help="how many learning rates each method gets, the middle ones of five (default: 5)")
     parser.add_argument("--rounds", type=int, default=15, help="steps that tokens/s is the median of (default: 15)")
+    parser.add_argument("--others_lr", type=float, help="one rate for embedding, head and norms in all methods; --rates are then of the matrices alone (default: the same)")
     args, setting = parse(parser)
+    if args.others_lr:
+        setting["others_lr"] = args.others_lr
     if not 1 <= args.rates <= 5:
         parser.error(f"--rates {args.rates} must lie between 1 and 5")
     args.rates, args.rounds = (1, 2) if args.quick else (args.rates, args.rounds)
@@ -113,7 +121,7 @@ def main() -> None:
                      "paper, 60M: perplexity (weights + states)": PAPER.get(name, "")})  # fmt: skip
     show(f"{setting['size']}, {setting['steps'] * setting['total_batch_size'] * setting['seq_len'] / 1e6:.2f} M tokens, rank {setting['rank']}", rows)
     write(args, setting, table=rows, runs=list(chosen.values()))
-    curves(found, FOLDER / "figures" / f"{args.out.stem}.png")
+    curves(found, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""
+Better than the paper: which changes to GaLore lower the loss at its memory, and how far is it from full-rank AdamW and Muon?
+
+    python experiments/beyond.py                     toy on bytes, all tables: some 70 runs of three minutes on one core; writes results/beyond.json
+    python experiments/beyond.py --tables methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2
+    python experiments/beyond.py --quick             12 steps of a tiny model
+
+| table    | |
+| methods  | full-rank AdamW, the same with its own rate for embedding, head and norms, torch.optim.Muon (and AdamW for these), GaLore, and GaLore with Muon's |
+|          | direction in the subspace (galore.py's muon=True), at five learning rates each; the best again with the other seeds |
+| variants | one change at a time to GaLore and to GaLore with Muon, at the base's best learning rate, on the first seed |
+| cut      | what the cut at rank r costs: rank by number of steps, and rank by width |
+
+GaLore in `methods` is galore.py itself, thin. The variants are `Lab`, a copy of its step in the plain way and fp32, in which everything is easy to change; without
+a change it takes the same steps (a test). Left out on purpose: a learning rate tuned for each variant.
+"""
+
+import torch
+from runs import curves, many, options, parse, show, spread, sweep, write  # first: it finds the files below
+from torch import nn
+
+import galore
+from galore import GaLoreAdamW, param_groups, thin
+
+METHODS = {  # name: options of the run
+    "AdamW": dict(optimiser="AdamW"),
+    "AdamW, others' rate x10": dict(optimiser="AdamW", others=10.0),
+    "Muon": dict(optimiser="Muon"),
+    "GaLore": dict(optimiser="GaLore"),
+    "GaLore, Muon": dict(optimiser="GaLore", muon=True),
+}
+RATES = {
+    "AdamW": [0.00025, 0.0005, 0.001, 0.002, 0.004],
+    "AdamW, others' rate x10": [0.00025, 0.0005, 0.001, 0.002, 0.004],
+    "Muon": [0.002, 0.004, 0.008, 0.016, 0.032],
+    "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
+    "GaLore, Muon": [0.01, 0.02, 0.04, 0.08, 0.16],
+}
+VARIANTS = {  # what changes: options
+    "beta2 0.99": dict(beta2=0.99),
+    "beta2 0.95": dict(beta2=0.95),
+    "beta1 0.95": dict(beta1=0.95),
+    "T / 5": dict(gap=0.2),
+    "T x 6": dict(gap=6.0),
+    "R, not M, as right factor": dict(right="R"),
+    "long side, alpha corrected": dict(side="long"),
+    "input side everywhere": dict(side="input"),
+    "one P for q, k, v, one for gate, up": dict(shared=True),
+    "others' rate x 1/4": dict(others=0.25),
+    "others' rate x 1/2": dict(others=0.5),
+    "others' rate x 2": dict(others=2.0),
+    "outside part, Fira": dict(residual=1.01),
+    "outside part, no limit": dict(residual=1e9),
+    "orthogonalised by SVD": dict(svd=True),
+}
+
+
+class Lab(GaLoreAdamW):
+    """GaLoreAdamW in the plain way and fp32, with what may make it better as options of the run:
+
+    beta1, beta2: Adam's (Muon: beta1 is the momentum). gap: factor of T. others: factor of the learning rate of what is not projected.
+    right: "M" or "R", the right factor of the power iteration. side: "short", "long" (with alpha times sqrt(n / m), as P N is smaller by that), or
+    "input" (X P could be saved in place of X everywhere). shared: `fuse`. residual: how much the norm of the part outside the subspace may grow in
+    a step (Fira, 2410.01623). muon: the direction; svd: exactly orthogonal (SUMO, 2505.24749).
+    """
+
+    def __init__(self, model, run: dict):
+        self.o = dict(side="short", right="M", beta1=0.9, beta2=0.999, gap=1.0, others=1.0, residual=None, muon=False, svd=False, shared=False) | run
+        if self.o["shared"]:
+            fuse(model)
+        groups = param_groups(model, run["rank"], max(1, round(run["T"] * self.o["gap"])), run["alpha"])
+        groups[-1]["lr"] = run["lr"] * self.o["others"]
+        super().__init__(groups, lr=run["lr"], betas=(self.o["beta1"], self.o["beta2"]), seed=run["seed"])
+
+    def seen(self, p):
+        """p so that its projected side is its rows."""
+        (out, into), side = p.shape, self.o["side"]
+        transposed = side == "input" or out == into or (out > into) == (side == "short")
+        return p.T if transposed else p
+
+    def init(self, p):
+        state, r = self.state[p], self.group[p]["rank"]
+        if r is None or state:
+            return super().init(p)
+        m, n = self.seen(p).shape
+        state.update(P=galore.orthonormal(torch.randn(m, r, generator=self.random(p, 0))), M=torch.zeros(r, n), V=torch.zeros(r, n))
+        return state
+
+    def collect(self, p):
+        if self.group[p]["rank"] is None:
+            return super().collect(p)
+        R = self.init(p)["P"].T @ self.seen(p.grad)
+        self.norms.append(galore.norm(R))
+        return R
+
+    def move(self, p, R, ok=None, shrink=torch.ones(())):
+        group, state, o = self.group[p], self.state[p], self.o
+        if group["rank"] is None:
+            return super().move(p, R, ok, shrink)
+        G, P, M, V, t = self.seen(p.grad), state["P"], state["M"], state["V"], group["t"] + 1
+        Y = G @ (M if o["right"] == "M" else R).T  # M before this step
+        if o["muon"] and not o["svd"]:
+            N = galore.muon(R, state, o["beta1"], shrink, torch.tensor(True), R.dtype)
+        else:
+            M.lerp_(R, 1 - o["beta1"])
+            V.mul_(o["beta2"]).addcmul_(R, R, value=1 - o["beta2"])
+            N = M / (1 - o["beta1"] ** t) / ((V / (1 - o["beta2"] ** t)).sqrt() + group["eps"])
+        if o["svd"]:
+            U, _, Vh = torch.linalg.svd(torch.lerp(R, M, o["beta1"]), full_matrices=False)
+            N = 0.2 * R.shape[1] ** 0.5 * U @ Vh
+        step = P @ N
+        if o["residual"]:  # the gradient outside the subspace, its columns scaled as Adam scaled those of R
+            S = (G - P @ R) * (N.norm(dim=0) / (R.norm(dim=0) + 1e-8))
+            limit = o["residual"] * state.get("size", S.norm())
+            S *= (limit / S.norm()).clamp(max=1)
+            state["size"] = S.norm()
+            step += S
+        m, n = self.seen(p).shape
+        self.seen(p).add_(step, alpha=-group["lr"] * group["scale"] * max(1, m / n) ** 0.5)
+        if self.due(p):
+            self.refresh(state, Y, torch.tensor(True))
+
+
+class Part(nn.Module):
+    """Some rows of a larger linear layer."""
+
+    def __init__(self, whole: nn.Linear, rows: slice):
+        super().__init__()
+        self.whole, self.rows = [whole], rows  # in a list: it is no submodule here
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.whole[0].weight[self.rows])
+
+
+def fuse(model) -> None:
+    """One weight for q, k and v, and one for gate and up: so each has one subspace, of the input."""
+    for block in model.model.layers:
+        for parent, names in ((block.self_attn, ("q_proj", "k_proj", "v_proj")), (block.mlp, ("gate_proj", "up_proj"))):
+            weights = [getattr(parent, name).weight.detach() for name in names]
+            parent.whole, at = nn.Linear(weights[0].shape[1], sum(map(len, weights)), bias=False, device="meta"), 0
+            parent.whole.weight = nn.Parameter(torch.cat(weights))
+            for name, W in zip(names, weights):
+                setattr(parent, name, Part(parent.whole, slice(at, at + len(W))))
+                at += len(W)
+
+
+class Both:
+    """Two optimisers as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts, self.param_groups = parts, [group for opt in parts for group in opt.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {p: state for opt in self.parts for p, state in opt.state.items()}
+
+    def step(self) -> None:
+        for opt in self.parts:
+            opt.step()
+
+    def zero_grad(self) -> None:
+        for opt in self.parts:
+            opt.zero_grad()
+
+
+def build(model, run: dict):
+    kind, lr, others = run["optimiser"], run["lr"], run.get("others", 1.0)
+    if kind == "Lab":
+        return Lab(model, run)
+    if kind == "GaLore":
+        opt = GaLoreAdamW(param_groups(model, run["rank"], run["T"], run["alpha"]), lr=lr, seed=run["seed"], muon=run.get("muon", False))
+        thin(model, opt)
+        return opt
+    *blocks, rest = param_groups(model, rank=1)
+    matrices, rest = [p for group in blocks for p in group["params"]], rest["params"]
+    if kind == "Muon":
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        return Both(muon, torch.optim.AdamW(rest, lr=lr * others, weight_decay=0))
+    return GaLoreAdamW([dict(params=matrices), dict(params=rest, lr=lr * others)], lr=lr, seed=run["seed"])
+
+
+def methods(setting: dict, args) -> list[dict]:
+    found = sweep(build, METHODS, {name: rates[2:3] if args.quick else rates for name, rates in RATES.items()}, setting, args)
+    curves(found, args.figure)
+    return [{"method": name, "validation loss": spread(result["losses"]), "lr": f"{result['lr']:g}", "states, MB": round(result["run"]["state_bytes"] / 1e6, 2),
+             "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())} for name, result in found.items()]  # fmt: skip
+
+
+def variants(setting: dict, args) -> list[dict]:
+    rows = []
+    for base, given, lr in (("GaLore", {}, args.lr), ("GaLore, Muon", dict(muon=True), args.muon_lr)):
+        fitting = {name: o for name, o in VARIANTS.items() if ("svd" if not given else "beta2") not in o}
+        tried = {"as it is": {}} | dict(list(fitting.items())[5:8] if args.quick else fitting)
+        wanted = [setting | dict(method=f"{base}, {name}", optimiser="Lab", lr=lr, seed=args.seeds[0]) | given | o for name, o in tried.items()]
+        done = many(build, wanted, args)
+        rows += [{"base": base, "change": run["method"].removeprefix(base + ", "), "validation loss": round(run["val_loss"], 4),
+                  "difference": round(run["val_loss"] - done[0]["val_loss"], 4)} for run in done]  # fmt: skip
+    return rows
+
+
+def cut(setting: dict, args) -> list[dict]:
+    """AdamW, full rank, beside GaLore at shares of the width; at two lengths and two widths, each at its method's given rate."""
+    wide = setting.get("hidden", 192)
+    shapes = [{}, dict(steps=3 * setting["steps"], warmup_steps=3 * setting["warmup_steps"]), dict(hidden=wide // 2, layers=setting.get("layers", 4))]
+    shares = (1 / 2,) if args.quick else (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+    wanted = []
+    for shape in shapes:
+        hidden = shape.get("hidden", wide)
+        common = setting | shape | dict(seed=args.seeds[0])
+        wanted += [common | METHODS["AdamW, others' rate x10"] | dict(method="AdamW, others' rate x10", lr=args.adam_lr, rank=hidden)]
+        wanted += [common | METHODS[name] | dict(method=name, lr=lr, rank=round(hidden * share)) for share in shares for name, lr in (("GaLore", args.lr), ("GaLore, Muon", args.muon_lr))]
+    return [{"method": run["method"], "width": run.get("hidden", wide), "steps": run["steps"], "rank": run["rank"], "validation loss": round(run["val_loss"], 4),
+             "states, MB": round(run["state_bytes"] / 1e6, 2)} for run in many(build, wanted, args)]  # fmt: skip
+
+
+def main() -> None:
+    parser = options(__doc__)
+    tables = dict(methods=methods, variants=variants, cut=cut)
+    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables), help="which (default: all)")
+    parser.add_argument("--lr", type=float, default=0.01, help="of GaLore in variants and cut (default: 0.01)")
+    parser.add_argument("--muon_lr", type=float, default=0.04, help="of GaLore with Muon there (default: 0.04)")
+    parser.add_argument("--adam_lr", type=float, default=0.001, help="of AdamW there (default: 0.001)")
+    args, setting = parse(parser)
+    result = {}
+    for name in args.tables:
+        result[name] = tables[name](setting, args)
+        show(name, result[name])
+    write(args, setting, **result)
+
+
+if __name__ == "__main__":
+    main()
