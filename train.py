@@ -286,7 +286,7 @@ def plan(config: Config, args: argparse.Namespace) -> dict[str, int]:
 
 def show_plan(config: Config, args: argparse.Namespace, said: str) -> None:
     """The table of --plan, and what `fit` said; its last line is the peak."""
-    ours, theirs = plan(config, args), plan(config, with_(args, galore=False, state_bits=32, layerwise=False))
+    ours, theirs = plan(config, args), plan(config, with_(args, galore=False, muon=False, state_bits=32, layerwise=False))
     free = free_memory(args)
     for table in (ours, theirs):
         table["optimiser state: P, M, V"] = sum(n for kind, n in table.items() if kind[0] in "PM")

@@ -78,11 +78,13 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     short = setting.get("hidden", SIZES[setting["size"]]["hidden_size"])
     if setting["rank"] >= short:
         parser.error(f"--rank {setting['rank']} must be below {short}, the model's short side")
-    if args.quick and args.out is None:
+    if args.quick:
         args.cache = None  # nothing to keep
     args.out = args.out or FOLDER / "results" / f"{name}{'-quick' * args.quick}.json"
     args.figure = (FOLDER / "figures" / args.out.name if args.out.parent == FOLDER / "results" else args.out).with_suffix(".png")
     args.command = shlex.join(["python", f"experiments/{name}.py", *(x for x in sys.argv[1:])])
+    if not args.device.startswith("cuda"):
+        torch.set_num_threads(1)  # here as in the runs
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count())
     try:  # whatever is wrong with the data is said now
         tokenizer = get_tokenizer(setting["tokenizer"])
