@@ -265,6 +265,11 @@ def test_muon_keeps_one_moment():
     assert [set(opt.state[p]) for p in ps] == [{"P", "M"}, {"M", "V"}]
     S = torch.linalg.svdvals(ps[0] - start) / (0.01 * 0.25 * 0.2 * 40**0.5)
     assert S[0] < 1.3 and S[7] > 0.5 and S[8] < 1e-3
+    half = parameters((16, 40))
+    clipped = GaLoreAdamW([dict(params=half, rank=8)], lr=0.01, muon=True, max_norm=1.0)
+    half[0].grad = ps[0].grad.clone()
+    clipped.step()
+    assert torch.allclose(clipped.state[half[0]]["M"] * clipped.norm, opt.state[ps[0]]["M"], rtol=1e-4)  # what is clipped is what M sees
     with pytest.raises(ValueError, match="exact=True"):
         GaLoreAdamW(ps, exact=True, muon=True)
 
@@ -2201,6 +2206,7 @@ def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkey
         (["--out_dir", folder, *SHORT], "holds a run already"),
         (["--out_dir", folder, "--resume", "--size", "60m"], "has size toy, not 60m"),
         (["--out_dir", folder, "--resume", "--rank", "32"], "has rank 64, not 32"),
+        (["--out_dir", folder, "--resume", "--muon"], "has muon False, not True"),
         (["--out_dir", folder, "--resume", "--steps", "20"], "has taken 24 steps already"),
         (["--out_dir", folder, "--resume", "--init", "x"], "has init None, not x"),
         (["--out_dir", folder / "log.jsonl" / "x", "--size", "toy"], "cannot be written"),
@@ -2471,6 +2477,9 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
     options = ["--size", size, "--galore", "--rank", "64", "--state_bits", str(bits), "--vocab_size", "320", "--tokenizer", "bytes"]
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--plan", "--device", "cpu")
     assert not code and output.strip().splitlines()[-1].startswith("peak ") and not list(tmp_path.iterdir())
+    full, with_muon = ([line.split()[-2:] for line in text.splitlines() if line.startswith(("weights", "M, V"))]
+                       for text in (output, run_here(monkeypatch, tmp_path, capsys, *options, "--muon", "--plan", "--device", "cpu")[0]))  # fmt: skip
+    assert full == with_muon  # the column of full-rank AdamW
     args = train.arguments().parse_args([*options, "--device", "cpu", "--batch_size", "1"])
     config = train.settle(args, None)
     table = train.plan(config, args)
@@ -2780,14 +2789,19 @@ def test_lab_without_a_change_is_galore(tmp_path):
         opt = beyond.build(model, run)
         for x, y in batches:
             train.training_step(model, opt, iter([(x, y)]), 1)
+        if "side" in options:
+            for name, p in model.named_parameters():
+                if "_proj" in name:
+                    (out, into), m = p.shape, len(opt.state[p]["P"])
+                    assert m == (into if options["side"] == "input" else max(out, into))
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     for muon in (False, True):
         lab = weights(muon=muon)
         assert torch.allclose(lab, weights(optimiser="GaLore", muon=muon), rtol=0, atol=2e-5)
         for option in (dict(beta1=0.8), dict(gap=0.2), dict(others=0.5), dict(right="R"), dict(side="long"), dict(side="input"), dict(residual=1.01),
-                       dict(svd=True), dict(shared=True)):  # fmt: skip
-            if muon or "svd" not in option:
+                       dict(svd=True), dict(even=0.9), dict(shared=True)):  # fmt: skip
+            if muon or not option.keys() & {"svd", "even"}:
                 other = weights(muon=muon, **option)
                 assert (other - lab).abs().max() > 1e-4, option
 

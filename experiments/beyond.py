@@ -52,6 +52,7 @@ VARIANTS = {  # what changes: options
     "outside part, Fira": dict(residual=1.01),
     "outside part, no limit": dict(residual=1e9),
     "orthogonalised by SVD": dict(svd=True),
+    "columns evened out": dict(even=0.95),
 }
 
 
@@ -61,11 +62,12 @@ class Lab(GaLoreAdamW):
     beta1, beta2: Adam's (Muon: beta1 is the momentum). gap: factor of T. others: factor of the learning rate of what is not projected.
     right: "M" or "R", the right factor of the power iteration. side: "short", "long" (with alpha times sqrt(n / m), as P N is smaller by that), or
     "input" (X P could be saved in place of X everywhere). shared: `fuse`. residual: how much the norm of the part outside the subspace may grow in
-    a step (Fira, 2410.01623). muon: the direction; svd: exactly orthogonal (SUMO, 2505.24749).
+    a step (Fira, 2410.01623). muon: the direction; svd: exactly orthogonal (SUMO, 2505.24749); even: then its
+    columns evened out by their mean squares, which decay by this (NorMuon, 2510.05491).
     """
 
     def __init__(self, model, run: dict):
-        self.o = dict(side="short", right="M", beta1=0.9, beta2=0.999, gap=1.0, others=1.0, residual=None, muon=False, svd=False, shared=False) | run
+        self.o = dict(side="short", right="M", beta1=0.9, beta2=0.999, gap=1.0, others=1.0, residual=None, muon=False, svd=False, even=None, shared=False) | run
         if self.o["shared"]:
             fuse(model)
         groups = param_groups(model, run["rank"], max(1, round(run["T"] * self.o["gap"])), run["alpha"])
@@ -108,6 +110,10 @@ class Lab(GaLoreAdamW):
         if o["svd"]:
             U, _, Vh = torch.linalg.svd(torch.lerp(R, M, o["beta1"]), full_matrices=False)
             N = 0.2 * R.shape[1] ** 0.5 * U @ Vh
+        if o["even"]:  # each column by its own size over the last steps, the whole as large as before
+            size = state.setdefault("columns", torch.zeros(R.shape[1])).lerp_(N.square().mean(0), 1 - o["even"])
+            even = N / (size / (1 - o["even"] ** t)).sqrt().clamp_min(1e-8)
+            N = even * (N.norm() / even.norm())
         step = P @ N
         if o["residual"]:  # the gradient outside the subspace, its columns scaled as Adam scaled those of R
             S = (G - P @ R) * (N.norm(dim=0) / (R.norm(dim=0) + 1e-8))
@@ -189,7 +195,7 @@ def methods(setting: dict, args) -> list[dict]:
 def variants(setting: dict, args) -> list[dict]:
     rows = []
     for base, given, lr in (("GaLore", {}, args.lr), ("GaLore, Muon", dict(muon=True), args.muon_lr)):
-        fitting = {name: o for name, o in VARIANTS.items() if ("svd" if not given else "beta2") not in o}
+        fitting = {name: o for name, o in VARIANTS.items() if not o.keys() & ({"beta2"} if given else {"svd", "even"})}
         tried = {"as it is": {}} | dict(list(fitting.items())[5:8] if args.quick else fitting)
         wanted = [setting | dict(method=f"{base}, {name}", optimiser="Lab", lr=lr, seed=args.seeds[0]) | given | o for name, o in tried.items()]
         done = many(build, wanted, args)
