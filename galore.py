@@ -6,6 +6,7 @@ One step, for a weight matrix W with gradient G:
     M, V, N = Adam(R)                          moments and direction, of R
     W <- W - lr * alpha * P N                  back to full size
     every T steps: P <- orth(G M'), and M, V turn with it
+(With muon=True N is M with its singular values brought near one, and there is no V.)
 
 | symbol | meaning | shape |
 | W, G   | weight and gradient, seen so that the projected (short) side is its rows: `rows` | m x n |
@@ -32,7 +33,7 @@ The gradient never formed, each weight moved during the backward pass:
     opt.step()
 
 References: GaLore, arXiv 2403.03507 (algorithms 1, 2; `exact=True` is the paper to the letter); subspace by warm power iteration
-and moments that turn with it: LDAdam, arXiv 2410.16103; shifted Cholesky-QR: Fukaya et al., arXiv 1809.11085; Adam 1412.6980, AdamW 1711.05101.
+and moments that turn with it: LDAdam, arXiv 2410.16103; shifted Cholesky-QR: Fukaya et al., arXiv 1809.11085; Adam 1412.6980, AdamW 1711.05101; Muon: see `muon`.
 
 Left out on purpose: other sides than the short one, the two-sided P'GQ (its Q would need a second power iteration and a second
 accumulator, and half of this file again, to save what 8 bits save already).
@@ -100,11 +101,12 @@ def refresh(state: dict[str, Tensor], Y: Tensor, ok: Tensor) -> None:
 def muon(R: Tensor, state: dict[str, Tensor], beta: float, shrink: Tensor, ok: Tensor, dtype: torch.dtype) -> Tensor:
     """Muon's direction in the place of Adam's: the momentum of R with all singular values brought near one, and no V.
 
-    Five Newton-Schulz steps, with the coefficients, Nesterov momentum and scale 0.2 sqrt(n) of torch.optim.Muon ("match_rms_adamw": what is a good
-    rate for AdamW is one here). Muon: Jordan 2024, Liu et al. 2502.16982; in a subspace: SUMO, 2505.24749.
+    Five Newton-Schulz steps, with the coefficients, Nesterov momentum and scale 0.2 sqrt(n) of torch.optim.Muon ("match_rms_adamw": steps of about
+    Adam's size; at toy size two to four times GaLore's learning rate is best). Muon: Jordan 2024, Liu et al. 2502.16982; in a subspace: SUMO, 2505.24749.
 
     Args:
-        R: r x n, times `shrink`; state: its M is replaced in place, if `ok`; dtype: of the products.
+        R: r x n, times `shrink` (0-dim); state: its M is replaced in place, if `ok` (0-dim bool).
+        beta: of the momentum (the group's first beta, 0.9; torch.optim.Muon's default is 0.95); dtype: of the products (the weight's; torch: bf16).
 
     Returns:
         N (r x n, dtype); zero where ok is False.
@@ -204,7 +206,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             moments not turned, P never in 8 bits, nearest rounding. Plain way only.
         compile: fuse the Adam step with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
-        muon: in the subspace the direction is Muon's instead of Adam's (`muon`): half of the moments.
+        muon: in the subspace the direction is Muon's instead of Adam's (`muon`): half of the moments; the second beta and eps then
+            serve the parameters without a rank alone.
 
     The weights may be bf16 without an fp32 copy: they are rounded stochastically. If torch.distributed is initialised, R is
     averaged over the processes. A step whose gradient (with max_norm: global norm) is not finite leaves the weight (all

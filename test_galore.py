@@ -2202,11 +2202,17 @@ def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkey
     last = newest(unbroken[0]).name
     for name in ("log.jsonl", last):
         (folder / name).write_bytes((unbroken[0] / name).read_bytes())
+    before = tmp_path / "before"  # a run of a version that knew no --muon
+    before.mkdir()
+    checkpoint = torch.load(folder / last, weights_only=True)
+    del checkpoint["args"]["muon"]
+    torch.save(checkpoint, before / last)
     for options, words in (
         (["--out_dir", folder, *SHORT], "holds a run already"),
         (["--out_dir", folder, "--resume", "--size", "60m"], "has size toy, not 60m"),
         (["--out_dir", folder, "--resume", "--rank", "32"], "has rank 64, not 32"),
         (["--out_dir", folder, "--resume", "--muon"], "has muon False, not True"),
+        (["--out_dir", before, "--resume", "--muon"], "has muon False, not True"),
         (["--out_dir", folder, "--resume", "--steps", "20"], "has taken 24 steps already"),
         (["--out_dir", folder, "--resume", "--init", "x"], "has init None, not x"),
         (["--out_dir", folder / "log.jsonl" / "x", "--size", "toy"], "cannot be written"),
@@ -2749,16 +2755,20 @@ def test_relora_starts_again():
     assert rates == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["table2", "figure3", "knobs", "gradient_rank", "beyond"])
+@pytest.mark.parametrize("name", ["table2", "figure3", "knobs", "gradient_rank", "beyond methods", "beyond variants", "beyond cut"])
 def test_comparisons_run(name, tmp_path, monkeypatch, tokens):
     """The --quick form of every script that makes a table of the paper: it ends, and its json has all methods, finite losses, and the
     conditions; table2 holds measured bytes against the paper's Table 1 itself."""
-    script, result = experiment(name), tmp_path / f"{name}.json"
+    (name, *table), result = name.split(), tmp_path / "folder" / "result.json"
+    script, few = experiment(name), ["--jobs", "1"] if name != "gradient_rank" else []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", "--quick", "--jobs", "1", "--out", str(result)])
+    Path("data").symlink_to(tokens)
+    monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *table, "--quick", *few, "--out", str(result)])
     script.main()
-    got = json.loads(result.read_text())
-    assert got["conditions"]["command"].startswith(f"python experiments/{name}.py --quick") and got["conditions"]["torch"] == torch.__version__
+    text = result.read_text()
+    got = json.loads(text)
+    assert str(tmp_path) not in text and got["conditions"]["torch"] == torch.__version__
+    assert got["conditions"]["command"] == " ".join([f"python experiments/{name}.py", *table, "--quick", *few, "--out result.json"])
     for run in got.get("runs", []):
         assert math.isfinite(run["val_loss"]) and run["tokens"] == run["steps"] * 4 * 32
     if name == "table2":
@@ -2768,12 +2778,78 @@ def test_comparisons_run(name, tmp_path, monkeypatch, tokens):
     if name == "knobs":
         assert set(got["tables"]) == {"rank", "T", "alpha", "steps"}
     if name == "beyond":
-        assert {row["base"] for row in got["variants"]} == {"GaLore", "GaLore, Muon"} and len(got["methods"]) >= 5 and got["cut"]
+        assert len(got["table"]) == {"methods": 6, "variants": 8, "cut": 9}[table[0]]
+        assert table != ["variants"] or {row["base"] for row in got["table"]} == {"GaLore", "GaLore, Muon"}
     if name == "gradient_rank":
         full, galore_ = got["found"]["full rank"], got["found"]["GaLore"]
         assert set(full) == {"stable rank", "best"} and set(galore_) == {"stable rank", "best", "inside P", "kept"}
         for kind in galore_["best"]:
             assert all(0 <= inside <= best * 1.0001 <= 1.001 for (_, best), (_, inside) in zip(galore_["best"][kind], galore_["inside P"][kind]))
+
+
+def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
+    """experiments/runs.py: what was run is not run again, whatever it is called; a comparison that --minutes cut short says so, chooses no rate
+    from a part of them and goes on; a failure or a line that was cut off costs no other run."""
+    runs, made = experiment("runs"), []
+
+    def train_once(build, run, device):
+        if run["lr"] == bad:
+            raise MemoryError("not this one")
+        made.append((run["method"], run["lr"], run["seed"]))
+        return run | dict(val_loss=abs(run["lr"] - 0.3) + run["seed"], seconds=60.0)
+
+    def sweep(*words, a={}):
+        monkeypatch.setattr(sys, "argv", ["experiments/some.py", "--jobs", "1", "--cache", str(cache), "--out", str(tmp_path / "some.json"), *words])
+        args, setting = runs.parse(runs.options("some"))
+        made.clear()
+        return runs.sweep(None, {"A": a, "B": dict(b=1)}, {"A": [0.1, 0.3, 0.9], "B": [0.1, 0.2]}, setting, args), args
+
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(tokens)
+    monkeypatch.setattr(runs, "train_once", train_once)
+    cache, bad = tmp_path / "deep" / "runs.jsonl", 0.9
+    with pytest.raises(MemoryError):
+        sweep()
+    assert made == [("A", 0.1, 0), ("A", 0.3, 0)] == [(line["run"]["method"], line["run"]["lr"], 0) for line in runs.kept(cache).values()]
+    with pytest.raises(SystemExit, match="no method has all"):
+        sweep("--minutes", "0.9", "--seeds", "0", "1")  # one took a minute: the next would end too late
+    assert "3 of 5 runs are left" in capsys.readouterr().out and not made
+    bad = None
+    cache.write_text(cache.read_text() + '{"run": {"meth')
+    found, args = sweep("--seeds", "0", "1")
+    assert made == [("A", 0.9, 0), ("B", 0.1, 0), ("B", 0.2, 0), ("A", 0.3, 1), ("B", 0.2, 1)] and not args.left
+    assert found["A"]["losses"] == [0, 1] and found["A"]["rates"] == {0.1: pytest.approx(0.2), 0.3: 0, 0.9: pytest.approx(0.6)}
+    assert "at the edge" not in runs.rates_of(found["A"])["lr"] and "at the edge" in runs.rates_of(found["B"])["lr"]
+    assert len(runs.kept(cache)) == 7
+    again, _ = sweep("--seeds", "0", "1")
+    assert not made and again == found and "other code" not in capsys.readouterr().out
+    cache.write_text(cache.read_text().replace('"code": "', '"code": "x'))
+    assert sweep("--seeds", "0", "1")[0] == found and "5 of 5 runs were kept in runs.jsonl by other code" in capsys.readouterr().out
+    sweep(a=dict(a=1))
+    assert [name for name, *_ in made] == ["A", "A", "A"]
+    sweep("--steps", "299")
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("words, says", {
+    "table2 --device nowhere": "device type", "table2 --jobs 0": "0 must be above zero", "table2 --minutes -1": "-1 must be above zero",
+    "table2 --hidden 100 --layers 2": "--hidden 100 must be a multiple of 32", "table2 --hidden 64": "give both", "table2 --seeds 1 1": "twice",
+    "table2 --out folder.json": "folder.json", "table2 --out figure.png": "must be a .json", "table2 --cache folder.json": "folder.json",
+    "table2 --rank 192": "rank 192 must be below 192", "table2 --steps 5 --warmup_steps 5": "--warmup_steps 5 must be below --steps 5",
+    "table2 --data nowhere": "data path nowhere does not exist", "table2 --rates 6": "invalid choice", "knobs --rank 100": "rank 200 must be below 192",
+    "knobs --seeds 1 2": "unrecognized", "gradient_rank --minutes 3": "unrecognized", "beyond cut --seeds 0 1": "one seed",
+    "beyond variants --dtype bfloat16": "fp32 alone", "beyond": "the following arguments are required: table"}.items())  # fmt: skip
+def test_comparisons_refuse(words, says, tmp_path, monkeypatch, capsys, tokens):
+    name, *words = words.split()
+    script = experiment(name)
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(tokens)
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *words, *(["--out", "x.json"] if "--out" not in words else [])])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    text = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and text[-2].startswith("usage") and says in text[-1]
 
 
 def test_lab_without_a_change_is_galore(tmp_path):

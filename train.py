@@ -47,8 +47,9 @@ from adam8bit import BLOCK, SLICE, SMALLEST
 from data import C4_URL, EndOfData, get_tokenizer, open_data
 from model import CHUNK_LOGITS, SIZES, Config, Llama, read_config
 
-# Steps, rank and T of the paper (tables 2 and 5; 7B: section 5.2); 0.01 and 0.001 are its learning rates, 512 x 256 its batch.
-PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, update_proj_gap=200, galore_lr=0.01, full_lr=0.001,
+# Steps, rank and T of the paper (tables 2 and 5; 7B: section 5.2); 0.01 and 0.001 are its learning rates, 512 x 256 its batch. muon_lr is
+# measured at toy size only.
+PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, update_proj_gap=200, galore_lr=0.01, muon_lr=0.02, full_lr=0.001,
              eval_tokens=10_000_000, state_bits=32)  # fmt: skip
 RECIPES = {
     "toy": PAPER | dict(steps=600, rank=64, seq_len=128, total_batch_size=8, update_proj_gap=50, galore_lr=0.005, data="python",
@@ -58,7 +59,7 @@ RECIPES = {
     "350m": PAPER | dict(steps=60_000, rank=256),
     "1b": PAPER | dict(steps=100_000, rank=512, full_lr=0.0005),
     "3b": PAPER | dict(steps=120_000, rank=640, full_lr=0.0005),
-    "7b": PAPER | dict(steps=150_000, rank=1024, galore_lr=0.005, full_lr=0.0005, update_proj_gap=500, state_bits=8),
+    "7b": PAPER | dict(steps=150_000, rank=1024, galore_lr=0.005, muon_lr=0.01, full_lr=0.0005, update_proj_gap=500, state_bits=8),
     "mobilellm-125m": PAPER | dict(steps=20_000, rank=128),
     "mobilellm-350m": PAPER | dict(steps=60_000, rank=256),
 }
@@ -95,7 +96,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not turned, all matrices at once; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too (default: 32; 7b: 8)")
     add("--layerwise", action=switch, help="each weight moves during the backward pass, full gradients are never formed (default: on)")
-    add("--lr", type=float, help="peak learning rate (default: 0.01 with GaLore, 7b and toy 0.005; 0.001 without, from 1b on 0.0005)")
+    add("--lr", type=float, help="peak learning rate (default: 0.01 with GaLore, 7b and toy 0.005; 0.02 with --muon, 7b 0.01; 0.001 without GaLore, from 1b on 0.0005)")
     add("--warmup_steps", type=int, help="default: a tenth of the steps")
     add("--min_lr_ratio", type=float, help="the cosine ends at this share of --lr (default: 0.1)")
     add("--weight_decay", type=float, help="decoupled (default: 0)")
@@ -125,7 +126,7 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
     """Fills in what was not given, from the checkpoint or the recipe. ValueError for what cannot be honoured."""
     a = vars(args)
     given, news = {k for k in a if a[k] is not None}, []
-    for k, old in (checkpoint["args"] if checkpoint else {}).items():
+    for k, old in (dict(muon=False) | checkpoint["args"] if checkpoint else {}).items():  # a run from before --muon had none
         if k not in a:
             news.append(f"the run had {k} {old}, which this version of train.py does not know: left out")
         elif k not in given:
@@ -159,7 +160,7 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
         refuse(LOCAL_RANK >= (count := torch.cuda.device_count()), f"there is no GPU for process {LOCAL_RANK + 1} of this machine: torchrun --nproc_per_node={count}")
         args.device = f"cuda:{LOCAL_RANK}"
     refuse(world() > 1 and kind == "mps", "several processes work on CUDA or CPUs, not on mps: start one")
-    default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
+    default(layerwise=not args.exact, total_batch_size=recipe["total_batch_size"], lr=recipe["muon_lr" if args.muon else "galore_lr" if args.galore else "full_lr"], min_lr_ratio=0.1,
             weight_decay=0.0, state_bits=recipe["state_bits"], eval_tokens=recipe["eval_tokens"],
             dtype="bfloat16" if args.size != "toy" and (gpu or args.plan and "device" not in given) else "float32", compile=gpu,
             tokenizer="bytes" if args.data == "python" else recipe["tokenizer"], sample="def " if args.data == "python" else "The",

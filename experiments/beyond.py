@@ -1,38 +1,46 @@
 """
 Better than the paper: which changes to GaLore lower the loss at its memory, and how far is it from full-rank AdamW and Muon?
 
-    python experiments/beyond.py                     toy on bytes, all tables: some 70 runs of three minutes on one core; writes results/beyond.json
-    python experiments/beyond.py --tables methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2
-    python experiments/beyond.py --quick             12 steps of a tiny model
+    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 42 runs of three minutes on one core; writes results/beyond-methods.json and .png
+    python experiments/beyond.py variants                   32 runs
+    python experiments/beyond.py cut                        21 runs, seven of them three times as long
+    python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2
+    python experiments/beyond.py variants --quick           12 steps of a tiny model
 
-| table    | |
-| methods  | full-rank AdamW, the same with its own rate for embedding, head and norms, torch.optim.Muon (and AdamW for these), GaLore, and GaLore with Muon's |
-|          | direction in the subspace (galore.py's muon=True), at five learning rates each; the best again with the other seeds |
+| methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms; GaLore, and GaLore |
+|          | with Muon's direction in the subspace (galore.py's muon=True): at five learning rates each; the best again with the other seeds |
 | variants | one change at a time to GaLore and to GaLore with Muon, at the base's best learning rate, on the first seed |
-| cut      | what the cut at rank r costs: rank by number of steps, and rank by width |
+| cut      | what the cut at rank r costs: at two lengths and two widths, on the first seed |
+
+The rates of embedding, head and norms (`others_lr`) are the best of those that were tried at toy size: 0.005, 0.01 and 0.02 for AdamW (0.0005 for the
+matrices), 0.004 to 0.032 for Muon. GaLore has one rate for all, as in the paper.
 
 GaLore in `methods` is galore.py itself, thin. The variants are `Lab`, a copy of its step in the plain way and fp32, in which everything is easy to change; without
 a change it takes the same steps (a test). Left out on purpose: a learning rate tuned for each variant.
 """
 
 import torch
-from runs import curves, many, options, parse, show, spread, sweep, write  # first: it finds the files below
+from runs import above_zero, begin, curves, many, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 
 import galore
-from galore import GaLoreAdamW, param_groups, thin
+import table2
+from galore import GaLoreAdamW, param_groups
+from model import SIZES
 
 METHODS = {  # name: options of the run
     "AdamW": dict(optimiser="AdamW"),
-    "AdamW, others' rate x10": dict(optimiser="AdamW", others=10.0),
+    "AdamW, others 0.01": dict(optimiser="AdamW", others_lr=0.01),
     "Muon": dict(optimiser="Muon"),
+    "Muon, others 0.032": dict(optimiser="Muon", others_lr=0.032),
     "GaLore": dict(optimiser="GaLore"),
     "GaLore, Muon": dict(optimiser="GaLore", muon=True),
 }
 RATES = {
     "AdamW": [0.00025, 0.0005, 0.001, 0.002, 0.004],
-    "AdamW, others' rate x10": [0.00025, 0.0005, 0.001, 0.002, 0.004],
+    "AdamW, others 0.01": [0.000125, 0.00025, 0.0005, 0.001, 0.002],
     "Muon": [0.002, 0.004, 0.008, 0.016, 0.032],
+    "Muon, others 0.032": [0.001, 0.002, 0.004, 0.008, 0.016],
     "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
     "GaLore, Muon": [0.01, 0.02, 0.04, 0.08, 0.16],
 }
@@ -49,6 +57,7 @@ VARIANTS = {  # what changes: options
     "others' rate x 1/4": dict(others=0.25),
     "others' rate x 1/2": dict(others=0.5),
     "others' rate x 2": dict(others=2.0),
+    "others' rate x 4": dict(others=4.0),
     "outside part, Fira": dict(residual=1.01),
     "outside part, no limit": dict(residual=1e9),
     "orthogonalised by SVD": dict(svd=True),
@@ -60,10 +69,10 @@ class Lab(GaLoreAdamW):
     """GaLoreAdamW in the plain way and fp32, with what may make it better as options of the run:
 
     beta1, beta2: Adam's (Muon: beta1 is the momentum). gap: factor of T. others: factor of the learning rate of what is not projected.
-    right: "M" or "R", the right factor of the power iteration. side: "short", "long" (with alpha times sqrt(n / m), as P N is smaller by that), or
-    "input" (X P could be saved in place of X everywhere). shared: `fuse`. residual: how much the norm of the part outside the subspace may grow in
-    a step (Fira, 2410.01623). muon: the direction; svd: exactly orthogonal (SUMO, 2505.24749); even: then its
-    columns evened out by their mean squares, which decay by this (NorMuon, 2510.05491).
+    right: "M" or "R", the right factor of the power iteration. side: "short", "long", or "input" (X P could be saved in place of X everywhere); where the
+    projected side is the longer one, alpha is sqrt(longer / shorter) as large, because P N is smaller by that. shared: `fuse`. residual: how much the norm of the part outside the subspace may grow in
+    a step (Fira, 2410.01623). muon: the direction; svd: exactly orthogonal (SUMO, 2505.24749); even: then its columns evened out by their mean squares,
+    which decay by this (NorMuon, 2510.05491).
     """
 
     def __init__(self, model, run: dict):
@@ -118,7 +127,7 @@ class Lab(GaLoreAdamW):
         if o["residual"]:  # the gradient outside the subspace, its columns scaled as Adam scaled those of R
             S = (G - P @ R) * (N.norm(dim=0) / (R.norm(dim=0) + 1e-8))
             limit = o["residual"] * state.get("size", S.norm())
-            S *= (limit / S.norm()).clamp(max=1)
+            S *= (limit / S.norm().clamp_min(1e-30)).clamp(max=1)
             state["size"] = S.norm()
             step += S
         m, n = self.seen(p).shape
@@ -170,26 +179,20 @@ class Both:
 
 
 def build(model, run: dict):
-    kind, lr, others = run["optimiser"], run["lr"], run.get("others", 1.0)
-    if kind == "Lab":
+    if run["optimiser"] == "Lab":
         return Lab(model, run)
-    if kind == "GaLore":
-        opt = GaLoreAdamW(param_groups(model, run["rank"], run["T"], run["alpha"]), lr=lr, seed=run["seed"], muon=run.get("muon", False))
-        thin(model, opt)
-        return opt
+    if run["optimiser"] != "Muon":
+        return table2.build(model, run)
     *blocks, rest = param_groups(model, rank=1)
-    matrices, rest = [p for group in blocks for p in group["params"]], rest["params"]
-    if kind == "Muon":
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-        return Both(muon, torch.optim.AdamW(rest, lr=lr * others, weight_decay=0))
-    return GaLoreAdamW([dict(params=matrices), dict(params=rest, lr=lr * others)], lr=lr, seed=run["seed"])
+    muon = torch.optim.Muon([p for group in blocks for p in group["params"]], lr=run["lr"], weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    return Both(muon, torch.optim.AdamW(rest["params"], lr=run.get("others_lr", run["lr"]), weight_decay=0))
 
 
 def methods(setting: dict, args) -> list[dict]:
     found = sweep(build, METHODS, {name: rates[2:3] if args.quick else rates for name, rates in RATES.items()}, setting, args)
     curves(found, args.figure)
-    return [{"method": name, "validation loss": spread(result["losses"]), "lr": f"{result['lr']:g}", "states, MB": round(result["run"]["state_bytes"] / 1e6, 2),
-             "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())} for name, result in found.items()]  # fmt: skip
+    return [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
+            for name, result in found.items()]  # fmt: skip
 
 
 def variants(setting: dict, args) -> list[dict]:
@@ -199,40 +202,44 @@ def variants(setting: dict, args) -> list[dict]:
         tried = {"as it is": {}} | dict(list(fitting.items())[5:8] if args.quick else fitting)
         wanted = [setting | dict(method=f"{base}, {name}", optimiser="Lab", lr=lr, seed=args.seeds[0]) | given | o for name, o in tried.items()]
         done = many(build, wanted, args)
+        base_loss = next((run["val_loss"] for run in done if run["method"].endswith("as it is")), float("nan"))
         rows += [{"base": base, "change": run["method"].removeprefix(base + ", "), "validation loss": round(run["val_loss"], 4),
-                  "difference": round(run["val_loss"] - done[0]["val_loss"], 4)} for run in done]  # fmt: skip
+                  "difference": round(run["val_loss"] - base_loss, 4)} for run in done]  # fmt: skip
     return rows
 
 
 def cut(setting: dict, args) -> list[dict]:
     """AdamW, full rank, beside GaLore at shares of the width; at two lengths and two widths, each at its method's given rate."""
-    wide = setting.get("hidden", 192)
-    shapes = [{}, dict(steps=3 * setting["steps"], warmup_steps=3 * setting["warmup_steps"]), dict(hidden=wide // 2, layers=setting.get("layers", 4))]
-    shares = (1 / 2,) if args.quick else (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+    named = SIZES[setting["size"]]
+    wide, layers = setting.get("hidden", named["hidden_size"]), setting.get("layers", named["num_hidden_layers"])
+    shapes = [{}, dict(steps=3 * setting["steps"], warmup_steps=3 * setting["warmup_steps"]), dict(hidden=max(32, wide // 64 * 32), layers=layers)]
+    shares = (1 / 2,) if args.quick else (1 / 8, 1 / 4, 1 / 2)
     wanted = []
     for shape in shapes:
         hidden = shape.get("hidden", wide)
         common = setting | shape | dict(seed=args.seeds[0])
-        wanted += [common | METHODS["AdamW, others' rate x10"] | dict(method="AdamW, others' rate x10", lr=args.adam_lr, rank=hidden)]
+        wanted += [common | METHODS["AdamW, others 0.01"] | dict(method="AdamW, others 0.01", lr=args.adam_lr)]
         wanted += [common | METHODS[name] | dict(method=name, lr=lr, rank=round(hidden * share)) for share in shares for name, lr in (("GaLore", args.lr), ("GaLore, Muon", args.muon_lr))]
-    return [{"method": run["method"], "width": run.get("hidden", wide), "steps": run["steps"], "rank": run["rank"], "validation loss": round(run["val_loss"], 4),
+    return [{"method": run["method"], "width": run.get("hidden", wide), "steps": run["steps"], "rank": run["rank"] if run["optimiser"] == "GaLore" else "full", "validation loss": round(run["val_loss"], 4),
              "states, MB": round(run["state_bytes"] / 1e6, 2)} for run in many(build, wanted, args)]  # fmt: skip
 
 
 def main() -> None:
     parser = options(__doc__)
     tables = dict(methods=methods, variants=variants, cut=cut)
-    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables), help="which (default: all)")
-    parser.add_argument("--lr", type=float, default=0.01, help="of GaLore in variants and cut (default: 0.01)")
-    parser.add_argument("--muon_lr", type=float, default=0.04, help="of GaLore with Muon there (default: 0.04)")
-    parser.add_argument("--adam_lr", type=float, default=0.001, help="of AdamW there (default: 0.001)")
+    parser.add_argument("table", choices=tables)
+    parser.add_argument("--lr", type=above_zero(float), default=0.01, help="of GaLore in variants and cut (default: 0.01)")
+    parser.add_argument("--muon_lr", type=above_zero(float), default=0.04, help="of GaLore with Muon there (default: 0.04)")
+    parser.add_argument("--adam_lr", type=above_zero(float), default=0.0005, help="of AdamW's matrices in cut (default: 0.0005)")
     args, setting = parse(parser)
-    result = {}
-    for name in args.tables:
-        result[name] = tables[name](setting, args)
-        show(name, result[name])
-    write(args, setting, **result)
+    if args.table != "methods" and len(args.seeds) > 1:
+        parser.error("variants and cut run on one seed: give one of --seeds")
+    if args.table == "variants" and setting["dtype"] != "float32":
+        parser.error("the variants compute in fp32 alone: leave --dtype out")
+    rows = tables[args.table](setting, args)
+    show(f"{args.table}; {title(setting)}", rows)
+    write(args, setting | dict(lr=args.lr, muon_lr=args.muon_lr, adam_lr=args.adam_lr), table=rows)
 
 
 if __name__ == "__main__":
-    main()
+    begin(main)

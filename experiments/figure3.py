@@ -5,12 +5,12 @@ Figure 3 of the paper: GaLore with any optimiser, each next to its full-rank sel
     python experiments/figure3.py --quick    12 steps of a tiny model
 
 `Projected` is the paper's Algorithm 1: two lines around the step of an optimiser that knows nothing of it. (For AdamW, galore.GaLoreAdamW is the
-better choice: no gradient, no Z, moments that turn with the basis, 8-bit P.) Left out on purpose: closures, but for those that call `project_back`
+better choice: no gradient, no Z, moments that turn with the basis, 8-bit P.) The paper's figure has AdamW, 8-bit Adam and Adafactor, its Adafactor with a first moment; torch's has none. Left out on purpose: closures, but for those that call `project_back`
 first and `project` last (torch.optim.LBFGS works so); sparse gradients.
 """
 
 import torch
-from runs import curves, options, parse, show, spread, sweep, write  # first: it finds the files below
+from runs import begin, curves, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -29,7 +29,7 @@ class Projected:
             galore.project_back()      # the move of Z becomes one of W
 
     W = W_outside + alpha P Z: so Z moves by -lr N as R would have it, and W by -lr alpha P N. What an optimiser reads of its parameter (Adafactor its
-    size, weight decay its value) it reads of the part of W inside the subspace. P is refreshed every T steps, starting with the first, by one
+    size, weight decay its value) it reads of the part of W inside the subspace: with Adafactor alpha cancels. P is refreshed every T steps, starting with the first, by one
     power iteration G G'P from the P before; moments stay as they are, as in the paper. All in the dtype of the matrices.
 
     Raises:
@@ -64,11 +64,11 @@ class Projected:
 OPTIMISERS = {
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0),
     "8-bit Adam": lambda params, lr: GaLoreAdamW(params, lr, state_bits=8),  # no group has a rank
-    "Adafactor": lambda params, lr: torch.optim.Adafactor(params, lr, weight_decay=0),  # no momentum; lr is relative to the weight's size
+    "Adafactor": lambda params, lr: torch.optim.Adafactor(params, lr, weight_decay=0),  # lr is relative to the weight's size, and at most t**-0.5
     "SGD, momentum": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
 }
-RATES = {"AdamW": [0.0005, 0.001, 0.002], "8-bit Adam": [0.0005, 0.001, 0.002], "Adafactor": [0.02, 0.05, 0.125], "SGD, momentum": [0.1, 0.3, 1.0],
-         "GaLore, AdamW": [0.005, 0.01, 0.02], "GaLore, 8-bit Adam": [0.005, 0.01, 0.02], "GaLore, Adafactor": [0.05, 0.125, 0.3],
+RATES = {"AdamW": [0.0005, 0.001, 0.002], "8-bit Adam": [0.0005, 0.001, 0.002], "Adafactor": [0.0125, 0.025, 0.05], "SGD, momentum": [0.1, 0.3, 1.0],
+         "GaLore, AdamW": [0.005, 0.01, 0.02], "GaLore, 8-bit Adam": [0.005, 0.01, 0.02], "GaLore, Adafactor": [0.0125, 0.025, 0.05],
          "GaLore, SGD, momentum": [0.3, 1.0, 3.0]}  # fmt: skip
 
 
@@ -90,11 +90,11 @@ def main() -> None:
     methods = {prefix + name: dict(optimiser=name, galore=bool(prefix)) for name in OPTIMISERS for prefix in ("", "GaLore, ")}
     found = sweep(build, methods, {name: rates[1:2] if args.quick else rates for name, rates in RATES.items()}, setting, args)
     rows = [{"optimiser": name, "validation loss": spread(result["losses"]), "states, MB (with GaLore: P and Z, too)": round(result["run"]["state_bytes"] / 1e6, 2),
-             "lr": f"{result['lr']:g}", "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())} for name, result in found.items()]  # fmt: skip
-    show(f"{setting['size']}, rank {setting['rank']}", rows)
+             **rates_of(result)} for name, result in found.items()]  # fmt: skip
+    show(title(setting), rows)
     write(args, setting, table=rows, runs=[result["run"] for result in found.values()])
     curves(found, args.figure)
 
 
 if __name__ == "__main__":
-    main()
+    begin(main)

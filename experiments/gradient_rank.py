@@ -19,10 +19,11 @@ from collections import defaultdict
 from statistics import mean
 
 import torch
-from runs import make_model, options, parse, plot, show, stepper, write  # first: it finds the files below
+from runs import above_zero, begin, can_draw, make_model, options, parse, plot, show, stepper, title, write  # first: it finds the files below
 
 from data import get_tokenizer, open_data
 from galore import GaLoreAdamW, param_groups, rows
+from model import SIZES
 
 
 def observe(run: dict, device: str, every: int) -> dict:
@@ -38,7 +39,7 @@ def observe(run: dict, device: str, every: int) -> dict:
     def before(opt, *_):
         now = defaultdict(lambda: defaultdict(list))
         for kind, p in matrices:
-            P = opt.init(p).get("P") if galore else None
+            P = opt.init(p)["P"].float() if galore else None
             if P is not None:
                 if p in old and not torch.equal(P, old[p]):
                     now["kept"][kind].append((old[p].T @ P).square().sum().item() / P.shape[1])
@@ -62,6 +63,7 @@ def observe(run: dict, device: str, every: int) -> dict:
 
 
 def picture(found: dict[str, dict], run: dict, path) -> None:
+    width = run.get("hidden", SIZES[run["size"]]["hidden_size"])
     figure = plot.Figure(figsize=(11, 6), layout="constrained")
     panels = [("full rank", "stable rank"), ("full rank", "best"), ("GaLore", "kept"), ("GaLore", "stable rank"), ("GaLore", "best"), ("GaLore", "inside P")]
     words = {"stable rank": "stable rank of G", "best": f"share of |G|² in its best {run['rank']} directions", "inside P": "share of |G|² inside P",
@@ -69,19 +71,21 @@ def picture(found: dict[str, dict], run: dict, path) -> None:
     for axes, (method, quantity) in zip(figure.subplots(2, 3).flat, panels):
         for i, (kind, points) in enumerate(found[method].get(quantity, {}).items()):
             axes.plot(*zip(*points), "o-" if quantity == "kept" else "-", markersize=3, linewidth=1.2, color=plot.COLOURS[i], label=kind)
+        if quantity in ("kept", "inside P", "best"):
+            axes.axhline(run["rank"] / width, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(f"{method}: {words[quantity]}", fontsize=9)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_ylim(0, None if quantity == "stable rank" else 1.02)
         axes.set_xlabel("step")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9, frameon=False)
-    path.parent.mkdir(exist_ok=True)
+    figure.suptitle(f"{title(run)}, T {run['T']}; dotted: r / m, what a random subspace holds", fontsize=9)
     figure.savefig(path, dpi=140)
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--lr", type=float, default=0.01, help="with GaLore (default: 0.01)")
-    parser.add_argument("--full_lr", type=float, default=0.001, help="full rank (default: 0.001)")
+    parser = options(__doc__, "seeds", "jobs", "minutes", "cache")
+    parser.add_argument("--lr", type=above_zero(float), default=0.01, help="with GaLore (default: 0.01)")
+    parser.add_argument("--full_lr", type=above_zero(float), default=0.001, help="full rank (default: 0.001)")
     args, setting = parse(parser)
     every, found = max(1, setting["steps"] // 60), {}
     for method, lr in (("full rank", args.full_lr), ("GaLore", args.lr)):
@@ -92,11 +96,11 @@ def main() -> None:
             thirds = [[mean(values) for points in kinds.values() if (values := [x for step, x in points if a < step / setting["steps"] <= b])]
                       for a, b in ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1))]  # fmt: skip
             table.append({"run": method, "mean over all matrices": quantity} | dict(zip(("first third", "second", "last"), (mean(x) if x else "" for x in thirds))))
-    show(f"{setting['size']}, rank {setting['rank']}", table)
+    show(title(setting), table)
     write(args, setting | dict(lr=args.lr, full_lr=args.full_lr), table=table, found=found)
-    if plot.Figure:
+    if can_draw():
         picture(found, setting, args.figure)
 
 
 if __name__ == "__main__":
-    main()
+    begin(main)

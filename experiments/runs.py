@@ -7,7 +7,8 @@ the schedule and the evaluation are those of train.py. Methods differ only in th
 returns any torch optimiser, and may change the model.
 
 Finished runs are kept in --cache, a line each, with what they ran on. A script that is interrupted goes on with the next run, and scripts that
-need the same run share it. To repeat runs, delete the file.
+need the same run share it (two at the same time both make it). To repeat runs, delete the file; kept runs of other code than today's are counted
+aloud.
 
 Left out on purpose: resuming inside a run (they are short: train.py does that), several processes, gradient accumulation (the batch must fit).
 """
@@ -17,10 +18,13 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
+import re
+import signal
 import sys
 import time
+import zlib
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import mean
 
@@ -39,73 +43,115 @@ SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_
 QUICK = dict(total_batch_size=4, seq_len=32, steps=12, warmup_steps=2, eval_tokens=512, rank=8, T=5, hidden=32, layers=2)
 
 
-def options(text: str) -> argparse.ArgumentParser:
-    """What all scripts understand."""
+def above_zero(kind: type):
+    """A type for argparse."""
+
+    def number(text: str):
+        x = kind(text)
+        if not 0 < x < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be above zero")
+        return x
+
+    return number
+
+
+def options(text: str, *without: str) -> argparse.ArgumentParser:
+    """What all scripts understand, without what this one has no use for."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      usage="%(prog)s [options]   (--help explains them)")  # fmt: skip
-    add = parser.add_argument
-    for name in ("size", "data", "tokenizer", "dtype"):
-        add(f"--{name}", help=f"as train.py's (default: {SETTING[name]})")
-    for name in ("seq_len", "total_batch_size", "steps", "warmup_steps", "eval_tokens", "rank", "T"):
-        add(f"--{name}", type=int, help=f"default: {SETTING[name]}" + " (a tenth of the steps)" * (name == "warmup_steps"))
+    whole, real = above_zero(int), above_zero(float)
+
+    def add(name: str, default=None, **how) -> None:
+        if name[2:] in without:
+            parser.set_defaults(**{name[2:]: default})
+        else:
+            parser.add_argument(name, **how | ({} if default is None else dict(default=default)))
+
+    add("--size", choices=SIZES, help=f"as train.py's (default: {SETTING['size']})")
     for name, word in (("hidden", "width of a model that has no name"), ("layers", "its blocks")):
-        add(f"--{name}", type=int, help=f"{word}, in place of --size")
-    add("--alpha", type=float, help=f"GaLore's scale (default: {SETTING['alpha']})")
+        add(f"--{name}", type=whole, help=f"{word}, in place of --size")
+    for name in ("data", "tokenizer"):
+        add(f"--{name}", help=f"as train.py's (default: {SETTING[name]})")
+    add("--dtype", choices=("float32", "bfloat16"), help=f"as train.py's (default: {SETTING['dtype']})")
+    for name in ("seq_len", "total_batch_size", "steps", "warmup_steps", "eval_tokens", "rank", "T"):
+        add(f"--{name}", type=whole, help=f"default: {SETTING[name]}" + " (a tenth of the steps)" * (name == "warmup_steps"))
+    add("--alpha", type=real, help=f"GaLore's scale (default: {SETTING['alpha']})")
     add("--seeds", type=int, nargs="+", default=[0], help="of the weights, P and rounding; learning rates are chosen on the first (default: 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--jobs", type=int, help="runs at once (default: one on a GPU, else one a core, each on one thread)")
-    add("--minutes", type=float, default=float("inf"), help="begin no run that would not end by then; the same command goes on (default: no limit)")
+    add("--jobs", type=whole, help="runs at once (default: one on a GPU, else one a core, each on one thread)")
+    add("--minutes", type=real, default=float("inf"), help="begin no run that would not end by then, counted from the start; the same command goes on (default: no limit)")
     add("--quick", action="store_true", help="a tiny model and 12 steps: does everything work? Losses that mean nothing")
     add("--cache", type=Path, default=FOLDER.parent / "out" / "runs.jsonl", help="finished runs (default: out/runs.jsonl)")
-    add("--out", type=Path, help="where the figures go (default: experiments/results/, named as the script)")
+    add("--out", type=Path, help="where the figures go, a .json (default: experiments/results/, named as the script)")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
-    """The arguments, and the setting that they make."""
-    args, name = parser.parse_args(), Path(parser.prog).stem
+    """The arguments, and the setting that they make. Whatever is wrong with them is said now."""
+    begun, args, name = time.monotonic(), parser.parse_args(), Path(parser.prog).stem
     setting = SETTING | (QUICK if args.quick else {})
     setting |= {k: v for k, v in vars(args).items() if k in (*setting, "hidden", "layers") and v is not None}
-    if ("hidden" in setting) != ("layers" in setting):
-        parser.error("--hidden and --layers make a model together: give both")
-    if args.steps and args.warmup_steps is None:
-        setting["warmup_steps"] = args.steps // 10
-    for k, v in setting.items():
-        if isinstance(v, (int, float)) and not v > 0 and k not in ("warmup_steps", "min_lr_ratio"):
-            parser.error(f"--{k} is {v}, but must be above zero")
-    if setting["size"] not in SIZES:
-        parser.error(f"there is no size {setting['size']!r}; there are {', '.join(SIZES)}")
-    short = setting.get("hidden", SIZES[setting["size"]]["hidden_size"])
-    if setting["rank"] >= short:
-        parser.error(f"--rank {setting['rank']} must be below {short}, the model's short side")
-    if args.quick:
-        args.cache = None  # nothing to keep
-    args.out = args.out or FOLDER / "results" / f"{name}{'-quick' * args.quick}.json"
+    if ("hidden" in setting) != ("layers" in setting) or args.size and args.hidden:
+        parser.error("--hidden and --layers make a model together, in place of --size: give both, or neither")
+    if setting.get("hidden", 32) % 32:
+        parser.error(f"--hidden {args.hidden} must be a multiple of 32, the width of a head")
+    if args.warmup_steps is None:
+        setting["warmup_steps"] = setting["steps"] // 10
+    if setting["warmup_steps"] >= setting["steps"]:
+        parser.error(f"--warmup_steps {setting['warmup_steps']} must be below --steps {setting['steps']}")
+    fits(setting, parser)
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds has one of them twice")
+    args.begun, args.longest, args.left = begun, 0.0, 0
+    args.cache = None if args.quick else args.cache  # nothing to keep
+    table = f"-{args.table}" if "table" in args else ""
+    args.out = args.out or FOLDER / "results" / f"{name}{table}{'-quick' * args.quick}.json"
     args.figure = (FOLDER / "figures" / args.out.name if args.out.parent == FOLDER / "results" else args.out).with_suffix(".png")
-    args.command = shlex.join(["python", f"experiments/{name}.py", *(x for x in sys.argv[1:])])
-    if not args.device.startswith("cuda"):
-        torch.set_num_threads(1)  # here as in the runs
-    args.jobs = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count())
-    try:  # whatever is wrong with the data is said now
+    words = [re.sub(r"(^|=).*/", r"\1", word) for word in sys.argv[1:]]  # folders by their names: where they lie is nobody's business
+    args.command = " ".join(["python", f"experiments/{name}.py", *words])
+    try:
+        if args.out.suffix != ".json":
+            raise ValueError(f"--out {args.out} must be a .json")
+        for path in filter(None, (args.out, args.figure, args.cache)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+            if path.stat().st_size == 0:
+                path.unlink()
+        torch.zeros(1, device=args.device)
         tokenizer = get_tokenizer(setting["tokenizer"])
         for split in ("train", "val"):
             open_data(setting["data"], tokenizer, split, setting["seq_len"])
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).split("\n")[0])
+    if not args.device.startswith("cuda"):
+        torch.set_num_threads(1)  # here as in the runs
+    args.jobs = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count())
     return args, setting
 
 
-def conditions(args: argparse.Namespace) -> dict:
+def fits(run: dict, parser: argparse.ArgumentParser) -> None:
+    """Ends the script if the rank does not fit the model."""
+    short = run.get("hidden", SIZES[run["size"]]["hidden_size"])
+    if not 0 < run["rank"] < short:
+        parser.error(f"rank {run['rank']} must be below {short}, the short side of the model's matrices: take a lower --rank")
+
+
+def crc(paths) -> str:
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in paths)):08x}"
+
+
+def conditions(args: argparse.Namespace, data: str) -> dict:
     """What a run's figures depend on beside its dict."""
-    gpu = args.device.startswith("cuda")
+    gpu, path = args.device.startswith("cuda"), Path(data)
+    size = sum(x.stat().st_size for x in ([path] if path.is_file() else path.glob("*"))) if path.exists() else None
     return {"device": torch.cuda.get_device_name() if gpu else speed.cpu(), "torch": torch.__version__, "threads a run": None if gpu else 1,
-            "python (whose library is the data)": platform.python_version()}  # fmt: skip
+            **({"python (whose library is the data)": platform.python_version()} if data == "python" else {"bytes of data": size})}  # fmt: skip
 
 
 def make_model(run: dict, device: str) -> Llama:
     vocabulary = -(-get_tokenizer(run["tokenizer"]).n_vocab // 64) * 64
     shape = dict(SIZES[run["size"]])
-    if "hidden" in run:  # a width that has no name: heads of 32 or so, MLP as the paper's, 8/3 of it
+    if "hidden" in run:  # a width that has no name: heads of 32, MLP as the paper's, 8/3 of it
         heads = max(2, run["hidden"] // 32)
         shape |= dict(hidden_size=run["hidden"], intermediate_size=run["hidden"] * 8 // 3 // 16 * 16, num_hidden_layers=run["layers"],
                       num_attention_heads=heads, num_key_value_heads=heads)  # fmt: skip
@@ -151,7 +197,7 @@ def train_once(build, run: dict, device: str) -> dict:
 
 
 class Here:
-    """A pool of one process: this one."""
+    """A pool of one process: this one. What fails fails at once."""
 
     def __enter__(self):
         return self
@@ -165,37 +211,62 @@ class Here:
         return future
 
 
+def identity(run: dict, here: dict) -> str:
+    """What makes a run the same as another: all but what it is called, and where its data lie."""
+    return json.dumps(run | here | dict(method="", data=Path(run["data"]).name), sort_keys=True)
+
+
+def kept(path: Path | None) -> dict[str, dict]:
+    """The runs in a cache; a line that was cut off is none."""
+    found = {}
+    for line in path.read_text().splitlines() if path and path.exists() else ():
+        try:
+            line = json.loads(line)
+            found[identity(line["run"], line["conditions"])] = line
+        except ValueError:
+            pass
+    return found
+
+
 def many(build, runs: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Makes those of the runs that the cache lacks. Returns all that there are, in the order of `runs`."""
-    here = conditions(args)
-    lines = args.cache.read_text().splitlines() if args.cache and args.cache.exists() else []
-    done, key = {}, lambda run: json.dumps(run, sort_keys=True)  # noqa: E731
-    for line in map(json.loads, lines):
-        done[key(line["run"] | line["conditions"])] = line["result"]
-    todo, running, begun, longest = [], {}, time.monotonic(), 0.0
-    for run in runs:
-        if key(run | here) not in done and run not in todo:
-            todo.append(run)
-    total, minutes = len(todo), lambda: (time.monotonic() - begun) / 60  # noqa: E731
-    with Here() if args.jobs == 1 else ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Makes those of the runs that the cache lacks. Returns all that there are, in the order of `runs`; args.left counts the others.
+
+    If one fails, those under way end first.
+    """
+    here, code = conditions(args, runs[0]["data"]) if runs else {}, crc(sorted([*FOLDER.parent.glob("*.py"), *FOLDER.glob("*.py")]))
+    done, key = kept(args.cache), lambda run: identity(run, here)  # noqa: E731
+    todo, running, failed = list({key(run): run for run in runs if key(run) not in done}.values()), {}, None
+    had = [done[key(run)] for run in runs if key(run) in done]
+    if other := sum(line.get("code") != code for line in had):
+        print(f"{other} of {len(runs)} runs were kept in {args.cache.name} by other code than today's: delete it if they should be made again")
+    args.longest = max([args.longest, *(line["result"]["seconds"] for line in had)])
+    total, seconds = len(todo), lambda: time.monotonic() - args.begun  # noqa: E731
+    new = dict(mp_context=multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
+    with Here() if args.jobs == 1 else ProcessPoolExecutor(args.jobs, **new) as pool:
         while todo or running:
-            while todo and len(running) < args.jobs and minutes() + longest < args.minutes:
-                run = todo.pop(0)
-                start = minutes()
+            while todo and not failed and len(running) < args.jobs and seconds() + args.longest < 60 * args.minutes:
+                run, start = todo.pop(0), seconds()
                 running[pool.submit(train_once, build, run, args.device)] = run, start
             if not running:
-                print(f"--minutes {args.minutes:g} are over: {len(todo)} of {total} runs are left to the same command")
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run, start = running.pop(future)
+                if failed := failed or future.exception():
+                    continue
                 result = future.result()
-                longest, done[key(run | here)] = max(longest, minutes() - start), result
+                args.longest = max(args.longest, seconds() - start)
+                done[key(run)] = line = dict(run=run, conditions=here, code=code, result=result)
                 if args.cache:
-                    args.cache.parent.mkdir(parents=True, exist_ok=True)
-                    with args.cache.open("a") as file:
-                        file.write(json.dumps(dict(run=run, conditions=here, result=result)) + "\n")
+                    with args.cache.open("a+b") as file:
+                        file.seek(max(0, file.tell() - 1))  # a line that was cut off does not take this one with it
+                        file.write(b"\n" * (file.read() not in (b"", b"\n")) + json.dumps(line).encode() + b"\n")
                 print(f"{total - len(todo) - len(running)}/{total}  {run['method']}, lr {run['lr']:g}, seed {run['seed']}: {result['val_loss']:.4f}  ({result['seconds']:.0f} s)", flush=True)
-    return [done[key(run | here)] for run in runs if key(run | here) in done]
+    if failed:
+        raise failed
+    if todo:
+        print(f"--minutes {args.minutes:g} are over: {len(todo)} of {len(runs)} runs are left to the same command")
+    args.left += len(todo)
+    return [done[key(run)]["result"] | dict(method=run["method"]) for run in runs if key(run) in done]
 
 
 def best(runs: list[dict]) -> dict:
@@ -204,17 +275,26 @@ def best(runs: list[dict]) -> dict:
 
 
 def sweep(build, methods: dict[str, dict], rates: dict[str, list[float]], setting: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """Each method at its learning rates with the first seed, then at the best of them with the others.
+    """Each method at its learning rates with the first seed, then, when all of these are there, at the best of them with the others.
 
-    Returns, by method: {"rates": {lr: loss}, "lr", "losses" (one a seed), "run": the first seed's at lr}.
+    Returns, by method, if all of its rates are there: {"rates": {lr: loss}, "lr", "losses" (one a seed), "run": the first seed's at lr}. Ends the script if
+    there is none.
     """
     wanted = [setting | dict(method=name, lr=lr, seed=args.seeds[0], **options) for name, options in methods.items() for lr in rates[name]]
     tried = many(build, wanted, args)
-    found = {name: best(runs) for name in methods if (runs := [run for run in tried if run["method"] == name])}
+    found = {name: best(runs) for name in methods if len(runs := [run for run in tried if run["method"] == name]) == len(rates[name])}
+    if not found:
+        sys.exit("no method has all of its runs yet")
     wanted = [setting | dict(method=name, lr=found[name]["lr"], seed=seed, **methods[name]) for name in found for seed in args.seeds[1:]]
-    again = many(build, wanted, args) if wanted else []
+    again = many(build, wanted, args) if not args.left else []
     return {name: dict(rates={run["lr"]: run["val_loss"] for run in tried if run["method"] == name}, lr=first["lr"], run=first,
                        losses=[run["val_loss"] for run in [first, *again] if run["method"] == name]) for name, first in found.items()}  # fmt: skip
+
+
+def rates_of(result: dict) -> dict:
+    """Two columns for a table; at the edge: a rate outside those tried may be better."""
+    edge = len(result["rates"]) > 1 and result["lr"] in (min(result["rates"]), max(result["rates"]))
+    return {"lr": f"{result['lr']:g}" + ", at the edge" * edge, "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())}
 
 
 def spread(losses: list[float]) -> str:
@@ -222,30 +302,54 @@ def spread(losses: list[float]) -> str:
     return f"{mean(losses):.4f}" + (f" ±{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else "")
 
 
+def title(setting: dict) -> str:
+    """What was trained, on how much."""
+    model = f"{setting['layers']} blocks of width {setting['hidden']}" if "hidden" in setting else setting["size"]
+    tokens = setting["steps"] * setting["total_batch_size"] * setting["seq_len"]
+    return f"{model} on {Path(setting['data']).name}, {setting['steps']} steps, {tokens / 1e6:.3g} M tokens, rank {setting['rank']}"
+
+
 def show(title: str, rows: list[dict]) -> None:
     """A table, numbers to five digits."""
-    speed.show(title, [{key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows])
+    if rows:
+        speed.show(title, [{key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows])
+
+
+def can_draw() -> bool:
+    if plot.Figure is None:
+        print("no picture: matplotlib is not installed (pip install -r experiments/requirements.txt)")
+    return plot.Figure is not None
 
 
 def curves(found: dict[str, dict], path: Path) -> None:
     """The picture of a sweep: training loss and, at the end, validation loss of each method at its rate."""
-    if plot.Figure is None:
-        return print("no picture: matplotlib is not installed (pip install -r experiments/requirements.txt)")
+    if not can_draw():
+        return
     drawn = []
     for name, result in found.items():
         run = result["run"]
         step, loss = plot.np.array(run["curve"]).T
         tokens = step * run["total_batch_size"] * run["seq_len"]
-        drawn.append(plot.Run(path, run, run["steps"], tokens, loss, loss, [run["tokens"]], [run["val_loss"]], f"{name}, lr {result['lr']:g}"))
-    path.parent.mkdir(exist_ok=True)
-    plot.draw(drawn, 1 / 60, path)
+        smooth = plot.smoothed(tokens, tokens[0], loss, 0.1)
+        drawn.append(plot.Run(path, run, run["steps"], tokens, loss, smooth, [run["tokens"]], [run["val_loss"]], f"{name}, lr {result['lr']:g}"))
+    plot.draw(drawn, 0.1, path)
 
 
 def write(args: argparse.Namespace, setting: dict, **result) -> None:
     """The json: whole at any time."""
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    setting = setting | dict(data=Path(setting["data"]).name)
-    result = dict(conditions={"command": args.command.replace(str(args.data), Path(str(args.data)).name)} | conditions(args) | setting | {"seeds": args.seeds}, **result)
+    name = Path(setting["data"]).name
+    head = {"command": args.command, **conditions(args, setting["data"]), **setting, "data": name, "seeds": args.seeds}
+    head["all methods"] = "betas 0.9 and 0.999 where Adam, no weight decay, no clipping; warm-up, then cosine to a tenth"
+    result |= {"runs": [run | dict(data=name) for run in result["runs"]]} if "runs" in result else {}
+    result = dict(conditions=head) | ({"unfinished: runs left": args.left} if args.left else {}) | result
     args.out.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_suffix(".part").replace(args.out)
     print(f"\nin {args.out}")
+
+
+def begin(main) -> None:
+    """Runs a script; Ctrl-C is no error."""
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenProcessPool) as error:
+        sys.exit("interrupted: the same command goes on" if isinstance(error, KeyboardInterrupt) else f"a run ended without a word (out of memory?): {error}")

@@ -10,8 +10,8 @@ All methods see the same tokens in the same order, with the same warm-up and cos
 validation loss counts; with several --seeds it is chosen on the first, and the others are run at it.
 
 Columns: validation loss (nats a token), perplexity, bits a byte; bytes of weights and optimiser states, measured, which must be what the paper's
-Table 1 says of the matrices and three values for each other parameter, or the script ends with an error; tokens a second, all methods taking
-turns in one process.
+Table 1 says of the matrices (full rank, GaLore, LoRA; counted likewise for the others) and three values for each other parameter, or the script ends
+with an error; tokens a second, all methods taking turns in one process, without the steps in which P is refreshed (one in T; speed.py has their cost).
 
 As in the paper a method has one rate for all of its parameters, and so GaLore, whose alpha makes the matrices' a quarter of it, trains embedding and head at
 a higher one than the others. --others_lr takes that advantage away.
@@ -25,48 +25,49 @@ import statistics
 import time
 
 import torch
-from runs import curves, make_model, options, parse, show, spread, stepper, sweep, write  # first: it finds the files below
+from runs import above_zero, begin, curves, make_model, options, parse, rates_of, show, spread, stepper, sweep, title, write  # first: it finds the files below
 
 import lora
 from adam8bit import BLOCK, SMALLEST
 from data import get_tokenizer, open_data
 from galore import GaLoreAdamW, param_groups, thin
 
-METHODS = {"full rank": {}, "GaLore": {}, "8-bit GaLore": {}, "low rank": {"kind": "factors"}, "LoRA": {"kind": "lora"}, "ReLoRA": {"kind": "relora"}}
+METHODS = {"full rank": dict(optimiser="AdamW"), "GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8),
+           "low rank": dict(optimiser="AdamW", kind="factors"), "LoRA": dict(optimiser="AdamW", kind="lora"), "ReLoRA": dict(optimiser="AdamW", kind="relora")}  # fmt: skip
 RATES = {"full rank": [0.00025, 0.0005, 0.001, 0.002, 0.004], "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04], "8-bit GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
          "low rank": [0.0005, 0.001, 0.002, 0.004, 0.008], "LoRA": [0.0005, 0.001, 0.002, 0.004, 0.008], "ReLoRA": [0.0005, 0.001, 0.002, 0.004, 0.008]}  # fmt: skip
 PAPER = {"full rank": "34.06 (0.36G)", "GaLore": "34.88 (0.24G)", "low rank": "78.18 (0.26G)", "LoRA": "34.99 (0.36G)", "ReLoRA": "37.04 (0.36G)"}  # 60M
 
 
 def build(model, run: dict) -> GaLoreAdamW:
-    name, galore, layers = run["method"], "GaLore" in run["method"], None
+    galore, kind = run["optimiser"] == "GaLore", run.get("kind")
     groups = param_groups(model, run["rank"], run["T"], run["alpha"])
-    if "kind" in run:
-        layers = lora.low_rank(model, run["rank"], run["kind"])
+    if kind:
+        layers = lora.low_rank(model, run["rank"], kind)
         groups = lora.groups(model, layers)
     elif not galore:
         groups = [dict(params=group["params"]) for group in groups]
     groups[-1]["lr"] = run.get("others_lr", run["lr"])  # embedding, head and norms
-    opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=8 if "8-bit" in name else 32)
+    opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=run.get("state_bits", 32), muon=run.get("muon", False))
     if galore:
         thin(model, opt)
-    if name == "ReLoRA":
-        lora.restart_every(opt, layers, steps=max(2, run["steps"] // 4), warmup=run["steps"] // 40, times=3)
+    if kind == "relora":
+        lora.restart_every(opt, layers, steps=max(1, run["steps"] // 4), warmup=run["steps"] // 40, times=min(3, run["steps"] - 1))
     return opt
 
 
 def table1(run: dict) -> int:
     """Bytes of weights and states by the paper's Table 1 (m <= n), and of all other parameters 3 values each."""
     model = make_model(run, "meta")
-    wide, r, name = torch.empty(0, dtype=getattr(torch, run["dtype"])).element_size(), run["rank"], run["method"]
+    wide, r = torch.empty(0, dtype=getattr(torch, run["dtype"])).element_size(), run["rank"]
 
     def state(values: int, width: int = 4) -> int:  # moments are fp32; of 8-bit GaLore, codes with an fp32 scale for each block
-        return values + 4 * -(-values // BLOCK) if "8-bit" in name and values >= SMALLEST else width * values
+        return values + 4 * -(-values // BLOCK) if run.get("state_bits") == 8 and values >= SMALLEST else width * values
 
     *blocks, others = param_groups(model, rank=1)
     total = sum(wide * p.numel() + 2 * state(p.numel()) for p in others["params"])
     for m, n in (sorted(p.shape) for group in blocks for p in group["params"]):
-        if "GaLore" in name:
+        if run["optimiser"] == "GaLore":
             total += wide * m * n + state(m * r, wide) + 2 * state(n * r)  # mn; mr + 2nr
         elif "kind" in run:
             total += wide * (m * n * (run["kind"] != "factors") + m * r + n * r) + 2 * state(m * r + n * r)  # mn + mr + nr; 2mr + 2nr
@@ -96,19 +97,17 @@ def speed(chosen: dict[str, dict], device: str, rounds: int) -> dict[str, float]
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rates", type=int, default=5, help="how many learning rates each method gets, the middle ones of five (default: 5)")
-    parser.add_argument("--rounds", type=int, default=15, help="steps that tokens/s is the median of (default: 15)")
-    parser.add_argument("--others_lr", type=float, help="one rate for embedding, head and norms in all methods; --rates are then of the matrices alone (default: the same)")
+    parser.add_argument("--rates", type=int, choices=range(1, 6), help="how many learning rates each method gets, the middle ones of five (default: 5; --quick: 1)")
+    parser.add_argument("--rounds", type=above_zero(int), help="steps that tokens/s is the median of (default: 15; --quick: 2)")
+    parser.add_argument("--others_lr", type=above_zero(float), help="one rate for embedding, head and norms in all methods; --rates are then of the matrices alone (default: the same)")
     args, setting = parse(parser)
     if args.others_lr:
         setting["others_lr"] = args.others_lr
-    if not 1 <= args.rates <= 5:
-        parser.error(f"--rates {args.rates} must lie between 1 and 5")
-    args.rates, args.rounds = (1, 2) if args.quick else (args.rates, args.rounds)
-    first = (5 - args.rates) // 2
-    found = sweep(build, METHODS, {name: rates[first : first + args.rates] for name, rates in RATES.items()}, setting, args)
+    many = args.rates or (1 if args.quick else 5)
+    first = (5 - many) // 2
+    found = sweep(build, METHODS, {name: rates[first : first + many] for name, rates in RATES.items()}, setting, args)
     chosen = {name: result["run"] for name, result in found.items()}
-    tokens_per_s = speed(chosen, args.device, args.rounds)
+    tokens_per_s = speed(chosen, args.device, args.rounds or (2 if args.quick else 15))
     rows = []
     for name, result in found.items():
         run, measured = result["run"], result["run"]["weight_bytes"] + result["run"]["state_bytes"]
@@ -116,13 +115,12 @@ def main() -> None:
             raise SystemExit(f"{name}: weights and states take {measured:,} bytes, and not the {table1(run):,} of the paper's Table 1")
         rows.append({"method": name, "validation loss": spread(result["losses"]), "perplexity": round(math.exp(statistics.mean(result["losses"])), 3),
                      "bits a byte": round(run["bits_per_byte"], 4), "weights + states, MB": round(measured / 1e6, 2), "states, MB": round(run["state_bytes"] / 1e6, 2),
-                     "tokens/s": round(tokens_per_s[name]), "of full rank's": round(tokens_per_s[name] / tokens_per_s["full rank"], 2), "lr": result["lr"],
-                     "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items()),
+                     "tokens/s": round(tokens_per_s[name]), "of the first row's": round(tokens_per_s[name] / next(iter(tokens_per_s.values())), 2), **rates_of(result),
                      "paper, 60M: perplexity (weights + states)": PAPER.get(name, "")})  # fmt: skip
-    show(f"{setting['size']}, {setting['steps'] * setting['total_batch_size'] * setting['seq_len'] / 1e6:.2f} M tokens, rank {setting['rank']}", rows)
+    show(title(setting), rows)
     write(args, setting, table=rows, runs=list(chosen.values()))
     curves(found, args.figure)
 
 
 if __name__ == "__main__":
-    main()
+    begin(main)
