@@ -10,7 +10,7 @@ first and `project` last (torch.optim.LBFGS works so); sparse gradients.
 """
 
 import torch
-from runs import begin, curves, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
+from runs import begin, can_draw, options, parse, plot, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -85,6 +85,25 @@ def build(model, run: dict) -> torch.optim.Optimizer:
     return opt
 
 
+def picture(found: dict[str, dict], setting: dict, path) -> None:
+    """A panel for each optimiser: training loss, and validation loss at the end, of both its runs."""
+    figure = plot.Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(OPTIMISERS), sharey=True), OPTIMISERS):
+        for method, colour, style in ((name, "black", "--"), (f"GaLore, {name}", plot.COLOURS[0], "-")):
+            run = found.get(method, {}).get("run")
+            if run:
+                axes.plot(*zip(*run["curve"]), style, color=colour, linewidth=1.2, label=f"{'GaLore' if colour != 'black' else 'full rank'}, lr {run['lr']:g}")
+                axes.plot(run["steps"], run["val_loss"], "o", color=colour)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8.5)
+    figure.axes[0].set_ylim(top=1.05 * max(result["run"]["curve"][0][1] for result in found.values()))  # what is worse than the start is left out
+    figure.axes[0].set_ylabel("loss, nats a token")
+    figure.suptitle(f"{title(setting)}; lines: training, dots: validation", fontsize=9)
+    figure.savefig(path, dpi=140)
+
+
 def main() -> None:
     args, setting = parse(options(__doc__))
     methods = {prefix + name: dict(optimiser=name, galore=bool(prefix)) for name in OPTIMISERS for prefix in ("", "GaLore, ")}
@@ -93,7 +112,8 @@ def main() -> None:
              **rates_of(result)} for name, result in found.items()]  # fmt: skip
     show(title(setting), rows)
     write(args, setting, table=rows, runs=[result["run"] for result in found.values()])
-    curves(found, args.figure)
+    if can_draw():
+        picture(found, setting, args.figure)
 
 
 if __name__ == "__main__":

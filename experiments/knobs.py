@@ -19,7 +19,7 @@ LENGTHS = (1 / 4, 1 / 2, 1, 2)  # of the baseline's steps, at half and at twice 
 
 def picture(tables: dict[str, list[dict]], base: dict, path) -> None:
     figure = plot.Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (knob, rows) in zip(figure.subplots(1, 4), tables.items()):
+    for axes, (knob, rows) in zip(figure.subplots(1, 4, sharey=True), tables.items()):
         by_rank = {rank: [row for row in rows if row["rank"] == rank] for rank in sorted({row["rank"] for row in rows})} if knob == "steps" else {None: rows}
         for colour, (rank, some) in zip(plot.COLOURS, by_rank.items()):
             axes.plot([row[knob] for row in some], [row["validation loss"] for row in some], "o-", color=colour, label=rank and f"rank {rank}")

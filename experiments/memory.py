@@ -41,6 +41,8 @@ BARS = {  # case: options, bar and what the paper or its code took, GB (paper: s
     "7B, r = 1024, 256 tokens a step": (GALORE + ONE + NOW, 20.5, "22.0"),
     "7B, r = 1024, 131,072 tokens a step": (GALORE + FULL, 24.0, "not possible"),
     "7B, r = 1024, 131,072 tokens, clipping": (GALORE + FULL + " --grad_clipping 1", 24.0, "not possible"),
+    "7B, r = 1024, 256 tokens, --muon": (GALORE + " --muon" + ONE + NOW, 20.5, "-"),
+    "7B, r = 1024, 131,072 tokens, --muon": (GALORE + " --muon" + FULL, 24.0, "-"),
     "7B, r = 256, 256 tokens": (GALORE.replace("1024", "256") + ONE + NOW, 17.6, "-"),
     "1B, r = 512, 256 tokens": ("--size 1b --galore --rank 512 --state_bits 8" + ONE + NOW, 4.6, "5.63"),
 }

@@ -132,7 +132,7 @@ def limits(runs: list[Run]) -> tuple[float, float]:
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
-def draw(runs: list[Run], share: float, path: Path) -> None:
+def draw(runs: list[Run], share: float, path: Path, head: str = "") -> None:
     columns = 2 if len(runs) > 4 and max(len(run.name) for run in runs) < 60 else 1
     figure = Figure(figsize=(9, 5 + 0.19 * -(-len(runs) // columns)), layout="constrained")
     axes = figure.add_subplot()
@@ -152,7 +152,7 @@ def draw(runs: list[Run], share: float, path: Path) -> None:
     axes.set_xlabel(f"{word}tokens seen in training")
     axes.set_ylabel("loss, nats a token")
     smooth = f"mean over the last {100 * share:g}% of the tokens so far" if share else "of each step"
-    axes.set_title(f"lines: training loss, {smooth}; dots: validation loss", fontsize=9, loc="left")
+    axes.set_title(f"{head}lines: training loss, {smooth}; dots: validation loss", fontsize=9, loc="left")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)

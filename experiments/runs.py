@@ -321,8 +321,8 @@ def can_draw() -> bool:
     return plot.Figure is not None
 
 
-def curves(found: dict[str, dict], path: Path) -> None:
-    """The picture of a sweep: training loss and, at the end, validation loss of each method at its rate."""
+def curves(found: dict[str, dict], setting: dict, path: Path) -> None:
+    """The picture of a sweep: training loss and, at the end, validation loss of each method at its rate, first seed."""
     if not can_draw():
         return
     drawn = []
@@ -332,7 +332,7 @@ def curves(found: dict[str, dict], path: Path) -> None:
         tokens = step * run["total_batch_size"] * run["seq_len"]
         smooth = plot.smoothed(tokens, tokens[0], loss, 0.1)
         drawn.append(plot.Run(path, run, run["steps"], tokens, loss, smooth, [run["tokens"]], [run["val_loss"]], f"{name}, lr {result['lr']:g}"))
-    plot.draw(drawn, 0.1, path)
+    plot.draw(drawn, 0.1, path, f"{title(setting)}\n")
 
 
 def write(args: argparse.Namespace, setting: dict, **result) -> None:

@@ -119,7 +119,7 @@ def main() -> None:
                      "paper, 60M: perplexity (weights + states)": PAPER.get(name, "")})  # fmt: skip
     show(title(setting), rows)
     write(args, setting, table=rows, runs=list(chosen.values()))
-    curves(found, args.figure)
+    curves(found, setting, args.figure)
 
 
 if __name__ == "__main__":
