@@ -2798,11 +2798,11 @@ def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
         made.append((run["method"], run["lr"], run["seed"]))
         return run | dict(val_loss=abs(run["lr"] - 0.3) + run["seed"], seconds=60.0)
 
-    def sweep(*words, a={}):
+    def sweep(*words, methods={"A": {}, "B": dict(b=1)}):
         monkeypatch.setattr(sys, "argv", ["experiments/some.py", "--jobs", "1", "--cache", str(cache), "--out", str(tmp_path / "some.json"), *words])
         args, setting = runs.parse(runs.options("some"))
         made.clear()
-        return runs.sweep(None, {"A": a, "B": dict(b=1)}, {"A": [0.1, 0.3, 0.9], "B": [0.1, 0.2]}, setting, args), args
+        return runs.sweep(None, methods, {"A": [0.1, 0.3, 0.9], "B": [0.1, 0.2], "C": [0.1, 0.3, 0.9]}, setting, args), args
 
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(tokens)
@@ -2816,8 +2816,12 @@ def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
     assert "3 of 5 runs are left" in capsys.readouterr().out and not made
     bad = None
     cache.write_text(cache.read_text() + '{"run": {"meth')
+    sweep(methods={"C": {}})
+    assert made == [("C", 0.9, 0)]  # as A, but for the name
+    found, args = sweep("--seeds", "0", "1", "--minutes", "0.9")
+    assert not made and list(found) == ["A"] and found["A"]["losses"] == [0] and args.left == 2
     found, args = sweep("--seeds", "0", "1")
-    assert made == [("A", 0.9, 0), ("B", 0.1, 0), ("B", 0.2, 0), ("A", 0.3, 1), ("B", 0.2, 1)] and not args.left
+    assert made == [("B", 0.1, 0), ("B", 0.2, 0), ("A", 0.3, 1), ("B", 0.2, 1)] and not args.left
     assert found["A"]["losses"] == [0, 1] and found["A"]["rates"] == {0.1: pytest.approx(0.2), 0.3: 0, 0.9: pytest.approx(0.6)}
     assert "at the edge" not in runs.rates_of(found["A"])["lr"] and "at the edge" in runs.rates_of(found["B"])["lr"]
     assert len(runs.kept(cache)) == 7
@@ -2825,10 +2829,10 @@ def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
     assert not made and again == found and "other code" not in capsys.readouterr().out
     cache.write_text(cache.read_text().replace('"code": "', '"code": "x'))
     assert sweep("--seeds", "0", "1")[0] == found and "5 of 5 runs were kept in runs.jsonl by other code" in capsys.readouterr().out
-    sweep(a=dict(a=1))
+    sweep(methods={"A": dict(a=1)})
     assert [name for name, *_ in made] == ["A", "A", "A"]
     sweep("--steps", "299")
-    assert len(made) == 5
+    assert len(made) == 5 and {"A", "B"} == {name for name, *_ in made}
 
 
 @pytest.mark.parametrize("words, says", {

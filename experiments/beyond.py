@@ -3,7 +3,7 @@ Better than the paper: which changes to GaLore lower the loss at its memory, and
 
     python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 47 runs of three minutes on one core; writes results/beyond-methods.json and .png
     python experiments/beyond.py variants                   32 runs
-    python experiments/beyond.py cut                        21 runs, seven of them three times as long
+    python experiments/beyond.py cut                        21 runs, seven of them twice as long
     python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2
     python experiments/beyond.py variants --quick           12 steps of a tiny model
 
@@ -215,7 +215,7 @@ def cut(setting: dict, args) -> list[dict]:
     """AdamW, full rank, beside GaLore at shares of the width; at two lengths and two widths, each at its method's given rate."""
     named = SIZES[setting["size"]]
     wide, layers = setting.get("hidden", named["hidden_size"]), setting.get("layers", named["num_hidden_layers"])
-    shapes = [{}, dict(steps=3 * setting["steps"], warmup_steps=3 * setting["warmup_steps"]), dict(hidden=max(32, wide // 64 * 32), layers=layers)]
+    shapes = [{}, dict(steps=2 * setting["steps"], warmup_steps=2 * setting["warmup_steps"]), dict(hidden=max(32, wide // 64 * 32), layers=layers)]
     shares = (1 / 2,) if args.quick else (1 / 8, 1 / 4, 1 / 2)
     wanted = []
     for shape in shapes:

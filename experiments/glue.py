@@ -25,7 +25,7 @@ test labels are not public. A seed stands for the classifier's first weights, dr
 State: bytes that the optimiser keeps, which do not grow after the first step. "matrices" is the part that belongs to the encoder's matrices (or
 their adapters): the rest is Adam's for the embedding, which full fine-tuning and GaLore train. LoRA's adapters come on top of its state.
 
-The json fills up run by run; what is in it is not run again. More tasks, seeds or learning rates may be added to it.
+The json fills up run by run; what is in it is not run again. More tasks, seeds or learning rates may be added to it, by one process at a time.
 
 Left out on purpose: WNLI and AX (not in the paper's table), the test sets (no labels), early stopping and the best epoch, gradients never formed
 (galore.thin), the activations' memory.
@@ -36,6 +36,7 @@ import csv
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -328,11 +329,14 @@ def experiment(args, parser) -> None:
             **{name: version(name) for name in ("torch", "transformers", "peft", "scikit-learn", "scipy")}, "python": platform.python_version()}  # fmt: skip
     if args.device == "cuda":
         same["gpu"] = torch.cuda.get_device_name()
-    result = json.loads(args.out.read_text()) if args.out.exists() and not args.quick else {"conditions": same, "commands": [], "data": {}, "runs": {}}
+    try:
+        result = json.loads(args.out.read_text()) if args.out.exists() and not args.quick else {"conditions": same, "commands": [], "data": {}, "runs": {}}
+    except ValueError as error:
+        parser.error(f"{args.out} is damaged ({error}): delete it, or take another --out")
     for key in (key for key in same if result["conditions"].get(key) != same[key]):
         parser.error(f"{args.out} holds runs with {key} {result['conditions'].get(key)}, not {same[key]}: delete it, or take another --out")
-    words = sys.argv[1:]  # folders by their names: where they lie is nobody's business
-    command = " ".join(["python experiments/glue.py", *(Path(word).name if "/" in word else word for word in words)])
+    words = [re.sub(r"(^|=).*/", r"\1", word.rstrip("/")) for word in sys.argv[1:]]  # folders by their names: where they lie is nobody's business
+    command = " ".join(["python experiments/glue.py", *words])
     result["commands"] += [command] if command not in result["commands"] else []
     print(*(f"{key}: {value}" for key, value in same.items()), sep="\n", flush=True)
 
@@ -371,4 +375,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+        sys.exit("interrupted: what is in the json is not run again")
