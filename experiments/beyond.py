@@ -1,7 +1,7 @@
 """
 Better than the paper: which changes to GaLore lower the loss at its memory, and how far is it from full-rank AdamW and Muon?
 
-    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 47 runs of three minutes on one core; writes results/beyond-methods.json and .png
+    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 47 runs of two minutes on one core; writes results/beyond-methods.json and .png
     python experiments/beyond.py variants                   32 runs
     python experiments/beyond.py cut                        21 runs, seven of them twice as long
     python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2

@@ -38,7 +38,7 @@ import plot  # noqa: E402
 import speed  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
-SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=300, warmup_steps=30, min_lr_ratio=0.1,
+SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=200, warmup_steps=20, min_lr_ratio=0.1,
                eval_tokens=65_536, dtype="float32", rank=48, T=50, alpha=0.25)  # fmt: skip
 QUICK = dict(total_batch_size=4, seq_len=32, steps=12, warmup_steps=2, eval_tokens=512, rank=8, T=5, hidden=32, layers=2)
 
