@@ -20,7 +20,7 @@ a change it takes the same steps (a test). Left out on purpose: a learning rate 
 """
 
 import torch
-from runs import above_zero, begin, curves, many, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
+from runs import above_zero, begin, curves, many, middle, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 
 import galore
@@ -191,8 +191,8 @@ def build(model, run: dict):
 
 
 def methods(setting: dict, args) -> list[dict]:
-    tried = {name: o | dict(rank=int(setting["rank"] * 1.6)) if "1.6" in name else o for name, o in METHODS.items()}
-    found = sweep(build, tried, {name: rates[1:2] if args.quick else rates for name, rates in RATES.items()}, setting, args)
+    tried = {name: o | dict(rank=int(setting["rank"] * 1.6)) if "1.6" in name else o for name, o in METHODS.items() if name in (args.methods or METHODS)}
+    found = sweep(build, tried, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
     curves(found, setting, args.figure)
     return [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
             for name, result in found.items()]  # fmt: skip
@@ -231,6 +231,8 @@ def main() -> None:
     parser = options(__doc__)
     tables = dict(methods=methods, variants=variants, cut=cut)
     parser.add_argument("table", choices=tables)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"in methods: only these of {'; '.join(METHODS)}")
+    parser.add_argument("--rates", type=int, choices=range(1, 6), help="in methods: how many learning rates each gets, the middle ones (default: all)")
     parser.add_argument("--lr", type=above_zero(float), default=0.01, help="of GaLore in variants and cut (default: 0.01)")
     parser.add_argument("--muon_lr", type=above_zero(float), default=0.04, help="of GaLore with Muon there (default: 0.04)")
     parser.add_argument("--adam_lr", type=above_zero(float), default=0.0005, help="of AdamW's matrices in cut (default: 0.0005)")
@@ -239,6 +241,8 @@ def main() -> None:
         parser.error("variants and cut run on one seed: give one of --seeds")
     if args.table == "variants" and setting["dtype"] != "float32":
         parser.error("the variants compute in fp32 alone: leave --dtype out")
+    if args.table != "methods" and (args.methods or args.rates):
+        parser.error(f"--methods and --rates choose among the methods: they have no effect on {args.table}")
     rows = tables[args.table](setting, args)
     show(f"{args.table}; {title(setting)}", rows)
     write(args, setting | dict(lr=args.lr, muon_lr=args.muon_lr, adam_lr=args.adam_lr), table=rows)

@@ -291,6 +291,12 @@ def sweep(build, methods: dict[str, dict], rates: dict[str, list[float]], settin
                        losses=[run["val_loss"] for run in [first, *again] if run["method"] == name]) for name, first in found.items()}  # fmt: skip
 
 
+def middle(rates: list[float], count: int) -> list[float]:
+    """So many of a method's learning rates, the outer ones left out first."""
+    first = max(0, (len(rates) - count) // 2)
+    return rates[first : first + count]
+
+
 def rates_of(result: dict) -> dict:
     """Two columns for a table; at the edge: a rate outside those tried may be better."""
     edge = len(result["rates"]) > 1 and result["lr"] in (min(result["rates"]), max(result["rates"]))

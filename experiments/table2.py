@@ -25,7 +25,7 @@ import statistics
 import time
 
 import torch
-from runs import above_zero, begin, curves, make_model, options, parse, rates_of, show, spread, stepper, sweep, title, write  # first: it finds the files below
+from runs import above_zero, begin, curves, make_model, middle, options, parse, rates_of, show, spread, stepper, sweep, title, write  # first: it finds the files below
 
 import lora
 from adam8bit import BLOCK, SMALLEST
@@ -103,9 +103,7 @@ def main() -> None:
     args, setting = parse(parser)
     if args.others_lr:
         setting["others_lr"] = args.others_lr
-    many = args.rates or (1 if args.quick else 5)
-    first = (5 - many) // 2
-    found = sweep(build, METHODS, {name: rates[first : first + many] for name, rates in RATES.items()}, setting, args)
+    found = sweep(build, METHODS, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
     chosen = {name: result["run"] for name, result in found.items()}
     tokens_per_s = speed(chosen, args.device, args.rounds or (2 if args.quick else 15))
     rows = []
