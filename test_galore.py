@@ -2778,7 +2778,7 @@ def test_comparisons_run(name, tmp_path, monkeypatch, tokens):
     if name == "knobs":
         assert set(got["tables"]) == {"rank", "T", "alpha", "steps"}
     if name == "beyond":
-        assert len(got["table"]) == {"methods": 7, "variants": 8, "cut": 9}[table[0]]
+        assert len(got["table"]) == {"methods": 10, "variants": 8, "cut": 9}[table[0]]
         assert table != ["variants"] or {row["base"] for row in got["table"]} == {"GaLore", "GaLore, Muon"}
     if name == "gradient_rank":
         full, galore_ = got["found"]["full rank"], got["found"]["GaLore"]
@@ -2842,7 +2842,9 @@ def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
     "table2 --rank 192": "rank 192 must be below 192", "table2 --steps 5 --warmup_steps 5": "--warmup_steps 5 must be below --steps 5",
     "table2 --data nowhere": "data path nowhere does not exist", "table2 --rates 6": "invalid choice", "knobs --rank 100": "rank 200 must be below 192",
     "knobs --seeds 1 2": "unrecognized", "gradient_rank --minutes 3": "unrecognized", "beyond cut --seeds 0 1": "one seed",
-    "beyond variants --dtype bfloat16": "fp32 alone", "beyond": "the following arguments are required: table"}.items())  # fmt: skip
+    "beyond variants --dtype bfloat16": "fp32 alone", "figure3 --dtype bfloat16": "leave --dtype out",
+    "beyond methods --lr 1": "--lr has no effect on methods", "beyond variants --rates 3": "--rates has no effect on variants",
+    "beyond methods --rank 120": "rank 192 must be below 192", "beyond cut --size mobilellm-125m": "below 192", "table2 --quick --cache x": "leave --cache out", "beyond": "the following arguments are required: table"}.items())  # fmt: skip
 def test_comparisons_refuse(words, says, tmp_path, monkeypatch, capsys, tokens):
     name, *words = words.split()
     script = experiment(name)
@@ -2891,7 +2893,7 @@ def test_glue(tmp_path):
     bytes a matrix, full fine-tuning's Adam's two values."""
     for name, pip in (("transformers", "transformers"), ("peft", "peft"), ("sklearn", "scikit-learn"), ("scipy", "scipy")):
         oracle(name, pip)
-    done = subprocess.run([sys.executable, str(HERE / "experiments" / "glue.py"), "--quick", "--out", str(tmp_path / "glue.json")],
+    done = subprocess.run([sys.executable, str(HERE / "experiments" / "glue.py"), "--quick", "--out", str(tmp_path / "glue-quick.json")],
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "glue-quick.json").read_text()

@@ -1,26 +1,26 @@
 """
 Better than the paper: which changes to GaLore lower the loss at its memory, and how far is it from full-rank AdamW and Muon?
 
-    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 47 runs of two minutes on one core; writes results/beyond-methods.json and .png
+    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 63 runs of two minutes on one core; writes results/beyond-methods.json and .png
     python experiments/beyond.py variants                   32 runs
     python experiments/beyond.py cut                        21 runs, seven of them twice as long
-    python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --steps 1200 --seeds 0 1 2
+    python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --rank 64 --rates 3 --seeds 0 1 2
     python experiments/beyond.py variants --quick           12 steps of a tiny model
 
-| methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms; GaLore, and GaLore |
-|          | with Muon's direction in the subspace (galore.py's muon=True), also at a higher rank in the same memory: at five learning rates each (the last: three); the best again with the other seeds |
+| methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms ("others"); GaLore, and GaLore |
+|          | with Muon's direction in the subspace (galore.py's muon=True), also at a higher rank in the same memory: each at three or five learning rates; the best again with the other seeds |
 | variants | one change at a time to GaLore and to GaLore with Muon, at the base's best learning rate, on the first seed |
-| cut      | what the cut at rank r costs: at two lengths and two widths, on the first seed |
+| cut      | what the cut at rank r costs: at two lengths and two widths (half the width: heads of 32), on the first seed |
 
-The rates of embedding, head and norms (`others_lr`) are the best of those that were tried at toy size: 0.005, 0.01 and 0.02 for AdamW (0.0005 for the
-matrices), 0.004 to 0.032 for Muon. GaLore has one rate for all, as in the paper.
+The momentum of Muon is 0.95 in torch, 0.9 in galore.py (its first beta): a few hundred steps want the lower one, so full-rank Muon is run with both. torch's Newton-Schulz steps are
+always in bf16, galore.py's in the dtype of the weight. GaLore has one rate for all, as in the paper.
 
 GaLore in `methods` is galore.py itself, thin. The variants are `Lab`, a copy of its step in the plain way and fp32, in which everything is easy to change; without
-a change it takes the same steps (a test). Left out on purpose: a learning rate tuned for each variant.
+a change it takes the same steps (a test). Left out on purpose: a learning rate tuned for each variant; bf16, in which torch's optimisers round and keep moments in another way.
 """
 
 import torch
-from runs import above_zero, begin, curves, many, middle, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
+from runs import above_zero, begin, curves, details, fits, many, middle, options, parse, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 
 import galore
@@ -31,8 +31,11 @@ from model import SIZES
 METHODS = {  # name: options of the run
     "AdamW": dict(optimiser="AdamW"),
     "AdamW, others 0.01": dict(optimiser="AdamW", others_lr=0.01),
+    "AdamW, others 0.02": dict(optimiser="AdamW", others_lr=0.02),
     "Muon": dict(optimiser="Muon"),
     "Muon, others 0.032": dict(optimiser="Muon", others_lr=0.032),
+    "Muon 0.9, others 0.032": dict(optimiser="Muon", others_lr=0.032, momentum=0.9),
+    "Muon 0.9, others 0.064": dict(optimiser="Muon", others_lr=0.064, momentum=0.9),
     "GaLore": dict(optimiser="GaLore"),
     "GaLore, Muon": dict(optimiser="GaLore", muon=True),
     "GaLore, Muon, r x 1.6": dict(optimiser="GaLore", muon=True),  # about the memory of GaLore: r (m + n) values in place of r (m + 2n)
@@ -40,8 +43,11 @@ METHODS = {  # name: options of the run
 RATES = {
     "AdamW": [0.00025, 0.0005, 0.001, 0.002, 0.004],
     "AdamW, others 0.01": [0.000125, 0.00025, 0.0005, 0.001, 0.002],
+    "AdamW, others 0.02": [0.00025, 0.0005, 0.001],
     "Muon": [0.002, 0.004, 0.008, 0.016, 0.032],
     "Muon, others 0.032": [0.001, 0.002, 0.004, 0.008, 0.016],
+    "Muon 0.9, others 0.032": [0.002, 0.004, 0.008, 0.016, 0.032],
+    "Muon 0.9, others 0.064": [0.004, 0.008, 0.016],
     "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
     "GaLore, Muon": [0.01, 0.02, 0.04, 0.08, 0.16],
     "GaLore, Muon, r x 1.6": [0.02, 0.04, 0.08],
@@ -186,35 +192,41 @@ def build(model, run: dict):
     if run["optimiser"] != "Muon":
         return table2.build(model, run)
     *blocks, rest = param_groups(model, rank=1)
-    muon = torch.optim.Muon([p for group in blocks for p in group["params"]], lr=run["lr"], weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([p for group in blocks for p in group["params"]], lr=run["lr"], weight_decay=0, adjust_lr_fn="match_rms_adamw",
+                            momentum=run.get("momentum", 0.95))  # fmt: skip
     return Both(muon, torch.optim.AdamW(rest["params"], lr=run.get("others_lr", run["lr"]), weight_decay=0))
 
 
-def methods(setting: dict, args) -> list[dict]:
+def width(setting: dict) -> int:
+    return setting.get("hidden", SIZES[setting["size"]]["hidden_size"])
+
+
+def methods(setting: dict, args) -> tuple[list[dict], dict]:
     tried = {name: o | dict(rank=int(setting["rank"] * 1.6)) if "1.6" in name else o for name, o in METHODS.items() if name in (args.methods or METHODS)}
     found = sweep(build, tried, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
     curves(found, setting, args.figure)
-    return [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
+    rows = [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
             for name, result in found.items()]  # fmt: skip
+    return rows, details(found)
 
 
-def variants(setting: dict, args) -> list[dict]:
-    rows = []
+def variants(setting: dict, args) -> tuple[list[dict], dict]:
+    rows, runs = [], []
     for base, given, lr in (("GaLore", {}, args.lr), ("GaLore, Muon", dict(muon=True), args.muon_lr)):
         fitting = {name: o for name, o in VARIANTS.items() if not o.keys() & ({"beta2"} if given else {"svd", "even"})}
         tried = {"as it is": {}} | dict(list(fitting.items())[5:8] if args.quick else fitting)
         wanted = [setting | dict(method=f"{base}, {name}", optimiser="Lab", lr=lr, seed=args.seeds[0]) | given | o for name, o in tried.items()]
         done = many(build, wanted, args)
+        runs += done
         base_loss = next((run["val_loss"] for run in done if run["method"].endswith("as it is")), float("nan"))
         rows += [{"base": base, "change": run["method"].removeprefix(base + ", "), "validation loss": round(run["val_loss"], 4),
                   "difference": round(run["val_loss"] - base_loss, 4)} for run in done]  # fmt: skip
-    return rows
+    return rows, dict(runs=runs)
 
 
-def cut(setting: dict, args) -> list[dict]:
+def cut(setting: dict, args) -> tuple[list[dict], dict]:
     """AdamW, full rank, beside GaLore at shares of the width; at two lengths and two widths, each at its method's given rate."""
-    named = SIZES[setting["size"]]
-    wide, layers = setting.get("hidden", named["hidden_size"]), setting.get("layers", named["num_hidden_layers"])
+    wide, layers = width(setting), setting.get("layers", SIZES[setting["size"]]["num_hidden_layers"])
     shapes = [{}, dict(steps=2 * setting["steps"], warmup_steps=2 * setting["warmup_steps"]), dict(hidden=max(32, wide // 64 * 32), layers=layers)]
     shares = (1 / 2,) if args.quick else (1 / 8, 1 / 4, 1 / 2)
     wanted = []
@@ -223,29 +235,37 @@ def cut(setting: dict, args) -> list[dict]:
         common = setting | shape | dict(seed=args.seeds[0])
         wanted += [common | METHODS["AdamW, others 0.01"] | dict(method="AdamW, others 0.01", lr=args.adam_lr)]
         wanted += [common | METHODS[name] | dict(method=name, lr=lr, rank=round(hidden * share)) for share in shares for name, lr in (("GaLore", args.lr), ("GaLore, Muon", args.muon_lr))]
-    return [{"method": run["method"], "width": run.get("hidden", wide), "steps": run["steps"], "rank": run["rank"] if run["optimiser"] == "GaLore" else "full", "validation loss": round(run["val_loss"], 4),
-             "states, MB": round(run["state_bytes"] / 1e6, 2)} for run in many(build, wanted, args)]  # fmt: skip
+    done = many(build, wanted, args)
+    rows = [{"method": run["method"], "width": run.get("hidden", wide), "steps": run["steps"], "rank": run["rank"] if run["optimiser"] == "GaLore" else "full", "validation loss": round(run["val_loss"], 4),
+             "states, MB": round(run["state_bytes"] / 1e6, 2)} for run in done]  # fmt: skip
+    return rows, dict(runs=done)
 
 
 def main() -> None:
     parser = options(__doc__)
-    tables = dict(methods=methods, variants=variants, cut=cut)
+    tables, rates = dict(methods=methods, variants=variants, cut=cut), {}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"in methods: only these of {'; '.join(METHODS)}")
     parser.add_argument("--rates", type=int, choices=range(1, 6), help="in methods: how many learning rates each gets, the middle ones (default: all)")
-    parser.add_argument("--lr", type=above_zero(float), default=0.01, help="of GaLore in variants and cut (default: 0.01)")
-    parser.add_argument("--muon_lr", type=above_zero(float), default=0.04, help="of GaLore with Muon there (default: 0.04)")
-    parser.add_argument("--adam_lr", type=above_zero(float), default=0.0005, help="of AdamW's matrices in cut (default: 0.0005)")
+    for name, lr, what in (("lr", 0.01, "of GaLore in variants and cut"), ("muon_lr", 0.04, "of GaLore with Muon there"), ("adam_lr", 0.0005, "of AdamW's matrices in cut")):
+        parser.add_argument(f"--{name}", type=above_zero(float), help=f"{what} (default: {lr})")
+        rates[name] = lr
     args, setting = parse(parser)
     if args.table != "methods" and len(args.seeds) > 1:
         parser.error("variants and cut run on one seed: give one of --seeds")
-    if args.table == "variants" and setting["dtype"] != "float32":
-        parser.error("the variants compute in fp32 alone: leave --dtype out")
-    if args.table != "methods" and (args.methods or args.rates):
-        parser.error(f"--methods and --rates choose among the methods: they have no effect on {args.table}")
-    rows = tables[args.table](setting, args)
+    if setting["dtype"] != "float32":
+        parser.error("in bf16 torch's optimisers round and keep moments in another way than GaLore, and the variants compute in fp32 alone: leave --dtype out")
+    unused = {"methods": ["lr", "muon_lr", "adam_lr"], "variants": ["adam_lr", "methods", "rates"], "cut": ["methods", "rates"]}[args.table]
+    for name in unused:
+        if getattr(args, name):
+            parser.error(f"--{name} has no effect on {args.table}: leave it out")
+    used = {name: getattr(args, name) or lr for name, lr in rates.items() if name not in unused}
+    vars(args).update(used)
+    highest = {"methods": int(1.6 * setting["rank"]), "variants": setting["rank"], "cut": width(setting) // 2}[args.table]
+    fits(setting | dict(rank=highest), parser)
+    rows, more = tables[args.table](setting, args)
     show(f"{args.table}; {title(setting)}", rows)
-    write(args, setting | dict(lr=args.lr, muon_lr=args.muon_lr, adam_lr=args.adam_lr), table=rows)
+    write(args, setting | used, table=rows, **more)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ first and `project` last (torch.optim.LBFGS works so); sparse gradients.
 """
 
 import torch
-from runs import begin, can_draw, options, parse, plot, rates_of, show, spread, sweep, title, write  # first: it finds the files below
+from runs import begin, can_draw, details, options, parse, plot, rates_of, show, spread, sweep, title, write  # first: it finds the files below
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -105,13 +105,16 @@ def picture(found: dict[str, dict], setting: dict, path) -> None:
 
 
 def main() -> None:
-    args, setting = parse(options(__doc__))
+    parser = options(__doc__)
+    args, setting = parse(parser)
+    if setting["dtype"] != "float32":
+        parser.error("in bf16 torch's optimisers round and keep moments in another way than 8-bit Adam here: leave --dtype out")
     methods = {prefix + name: dict(optimiser=name, galore=bool(prefix)) for name in OPTIMISERS for prefix in ("", "GaLore, ")}
     found = sweep(build, methods, {name: rates[1:2] if args.quick else rates for name, rates in RATES.items()}, setting, args)
     rows = [{"optimiser": name, "validation loss": spread(result["losses"]), "states, MB (with GaLore: P and Z, too)": round(result["run"]["state_bytes"] / 1e6, 2),
              **rates_of(result)} for name, result in found.items()]  # fmt: skip
     show(title(setting), rows)
-    write(args, setting, table=rows, runs=[result["run"] for result in found.values()])
+    write(args, setting, table=rows, **details(found))
     if can_draw():
         picture(found, setting, args.figure)
 

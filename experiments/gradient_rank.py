@@ -6,12 +6,12 @@ Why GaLore works: are gradients of low rank, does the subspace hold them, and ho
 
 Of the gradient G of a step, for each kind of matrix (mean over the blocks), in a run with GaLore and in one with full-rank AdamW:
 
-| stable rank | |G|_F^2 / |G|_2^2 (the paper's section 3.2 shows that it falls while training) |
+| stable rank | |G|_F^2 / |G|_2^2 (the paper's section 3.2 says that it falls while training; in the toy's first steps it is near 1, and rises) |
 | inside P    | |P'G|^2 / |G|^2, GaLore only; a random subspace holds r / m of it |
 | best        | the same for the r first left singular vectors of G itself: no subspace holds more |
 | kept        | |P_old'P_new|^2 / r at a refresh: 1 if the subspace stays, r / m if it has nothing to do with the old one |
 
-G is of one step's tokens (--total_batch_size x --seq_len): its noise has full rank, so more tokens a step mean lower ranks.
+G is of one step's tokens (--total_batch_size x --seq_len). Its noise has full rank, so where noise counts more tokens a step mean lower ranks.
 """
 
 import re

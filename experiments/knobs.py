@@ -8,6 +8,8 @@ One knob at a time; the others, and the learning rate, stay as in the baseline. 
 matrices against that of the rest, and a rank's best learning rate may be another.
 """
 
+import sys
+
 from runs import above_zero, begin, can_draw, fits, many, options, parse, plot, show, title, write  # first: it finds the files below
 from table2 import build
 
@@ -59,6 +61,8 @@ def main() -> None:
                          "validation loss": round(run["val_loss"], 4), "states, MB": run["state_bytes"] / 1e6} for run in done]  # fmt: skip
         runs += done
         show(f"{knob}; {title(base)}", tables[knob])
+    if not runs:
+        sys.exit("no run is there yet")
     write(args, base, tables=tables, runs=runs)
     if can_draw() and all(tables.values()):
         picture(tables, base, args.figure)

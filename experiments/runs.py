@@ -81,7 +81,7 @@ def options(text: str, *without: str) -> argparse.ArgumentParser:
     add("--jobs", type=whole, help="runs at once (default: one on a GPU, else one a core, each on one thread)")
     add("--minutes", type=real, default=float("inf"), help="begin no run that would not end by then, counted from the start; the same command goes on (default: no limit)")
     add("--quick", action="store_true", help="a tiny model and 12 steps: does everything work? Losses that mean nothing")
-    add("--cache", type=Path, default=FOLDER.parent / "out" / "runs.jsonl", help="finished runs (default: out/runs.jsonl)")
+    add("--cache", type=Path, help="finished runs (default: out/runs.jsonl)")
     add("--out", type=Path, help="where the figures go, a .json (default: experiments/results/, named as the script)")
     return parser
 
@@ -89,7 +89,8 @@ def options(text: str, *without: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     """The arguments, and the setting that they make. Whatever is wrong with them is said now."""
     begun, args, name = time.monotonic(), parser.parse_args(), Path(parser.prog).stem
-    setting = SETTING | (QUICK if args.quick else {})
+    quick = {k: v for k, v in QUICK.items() if not (args.size and k in ("hidden", "layers"))} if args.quick else {}
+    setting = SETTING | quick
     setting |= {k: v for k, v in vars(args).items() if k in (*setting, "hidden", "layers") and v is not None}
     if ("hidden" in setting) != ("layers" in setting) or args.size and args.hidden:
         parser.error("--hidden and --layers make a model together, in place of --size: give both, or neither")
@@ -99,11 +100,12 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
         setting["warmup_steps"] = setting["steps"] // 10
     if setting["warmup_steps"] >= setting["steps"]:
         parser.error(f"--warmup_steps {setting['warmup_steps']} must be below --steps {setting['steps']}")
-    fits(setting, parser)
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds has one of them twice")
-    args.begun, args.longest, args.left = begun, 0.0, 0
-    args.cache = None if args.quick else args.cache  # nothing to keep
+    args.begun, args.longest, args.left, args.code = begun, 0.0, 0, set()
+    if args.quick and args.cache:
+        parser.error("--quick keeps no runs: leave --cache out")
+    args.cache = None if args.quick else args.cache or FOLDER.parent / "out" / "runs.jsonl"
     table = f"-{args.table}" if "table" in args else ""
     args.out = args.out or FOLDER / "results" / f"{name}{table}{'-quick' * args.quick}.json"
     args.figure = (FOLDER / "figures" / args.out.name if args.out.parent == FOLDER / "results" else args.out).with_suffix(".png")
@@ -123,6 +125,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
             open_data(setting["data"], tokenizer, split, setting["seq_len"])
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         parser.error(str(error).split("\n")[0])
+    fits(setting, parser)
     if not args.device.startswith("cuda"):
         torch.set_num_threads(1)  # here as in the runs
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count())
@@ -131,7 +134,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
 
 def fits(run: dict, parser: argparse.ArgumentParser) -> None:
     """Ends the script if the rank does not fit the model."""
-    short = run.get("hidden", SIZES[run["size"]]["hidden_size"])
+    short = min(min(m.weight.shape) for m in make_model(run | dict(seed=0), "meta").model.layers.modules() if isinstance(m, torch.nn.Linear))
     if not 0 < run["rank"] < short:
         parser.error(f"rank {run['rank']} must be below {short}, the short side of the model's matrices: take a lower --rank")
 
@@ -143,7 +146,8 @@ def crc(paths) -> str:
 def conditions(args: argparse.Namespace, data: str) -> dict:
     """What a run's figures depend on beside its dict."""
     gpu, path = args.device.startswith("cuda"), Path(data)
-    size = sum(x.stat().st_size for x in ([path] if path.is_file() else path.glob("*"))) if path.exists() else None
+    texts = [path] if path.is_file() else [x for x in path.glob("*") if ".tokens" not in x.name]  # what data.py makes of them, and when, does not count
+    size = sum(x.stat().st_size for x in texts) if path.exists() else None
     return {"device": torch.cuda.get_device_name() if gpu else speed.cpu(), "torch": torch.__version__, "threads a run": None if gpu else 1,
             **({"python (whose library is the data)": platform.python_version()} if data == "python" else {"bytes of data": size})}  # fmt: skip
 
@@ -240,6 +244,7 @@ def many(build, runs: list[dict], args: argparse.Namespace) -> list[dict]:
     if other := sum(line.get("code") != code for line in had):
         print(f"{other} of {len(runs)} runs were kept in {args.cache.name} by other code than today's: delete it if they should be made again")
     args.longest = max([args.longest, *(line["result"]["seconds"] for line in had)])
+    args.code |= {line["code"] for line in had} | {code}
     total, seconds = len(todo), lambda: time.monotonic() - args.begun  # noqa: E731
     new = dict(mp_context=multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
     with Here() if args.jobs == 1 else ProcessPoolExecutor(args.jobs, **new) as pool:
@@ -303,6 +308,11 @@ def rates_of(result: dict) -> dict:
     return {"lr": f"{result['lr']:g}" + ", at the edge" * edge, "loss at each lr": ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in result["rates"].items())}
 
 
+def details(found: dict[str, dict]) -> dict:
+    """For the json: the run of each method at its best rate on the first seed, and the losses of all its seeds."""
+    return dict(losses={name: result["losses"] for name, result in found.items()}, runs=[result["run"] for result in found.values()])
+
+
 def spread(losses: list[float]) -> str:
     """Mean of the seeds, and half of the distance between the lowest and the highest."""
     return f"{mean(losses):.4f}" + (f" ±{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else "")
@@ -313,6 +323,15 @@ def title(setting: dict) -> str:
     model = f"{setting['layers']} blocks of width {setting['hidden']}" if "hidden" in setting else setting["size"]
     tokens = setting["steps"] * setting["total_batch_size"] * setting["seq_len"]
     return f"{model} on {Path(setting['data']).name}, {setting['steps']} steps, {tokens / 1e6:.3g} M tokens, rank {setting['rank']}"
+
+
+def finite(x):
+    """x with what json has no number for as words."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
+    return "diverged" if isinstance(x, float) and not abs(x) < float("inf") else x
 
 
 def show(title: str, rows: list[dict]) -> None:
@@ -345,10 +364,12 @@ def write(args: argparse.Namespace, setting: dict, **result) -> None:
     """The json: whole at any time."""
     name = Path(setting["data"]).name
     head = {"command": args.command, **conditions(args, setting["data"]), **setting, "data": name, "seeds": args.seeds}
-    head["all methods"] = "betas 0.9 and 0.999 where Adam, no weight decay, no clipping; warm-up, then cosine to a tenth"
+    head["all methods"] = "betas 0.9 and 0.999 where Adam, momentum 0.9 where Muon (if nothing else is said), no weight decay, no clipping; warm-up, then cosine to a tenth"
     result |= {"runs": [run | dict(data=name) for run in result["runs"]]} if "runs" in result else {}
+    if getattr(args, "code", None):
+        head["code (checksums of the files that made the runs)"] = sorted(args.code)
     result = dict(conditions=head) | ({"unfinished: runs left": args.left} if args.left else {}) | result
-    args.out.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_suffix(".part").write_text(json.dumps(finite(result), indent=1) + "\n")
     args.out.with_suffix(".part").replace(args.out)
     print(f"\nin {args.out}")
 

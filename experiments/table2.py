@@ -11,10 +11,12 @@ validation loss counts; with several --seeds it is chosen on the first, and the 
 
 Columns: validation loss (nats a token), perplexity, bits a byte; bytes of weights and optimiser states, measured, which must be what the paper's
 Table 1 says of the matrices (full rank, GaLore, LoRA; counted likewise for the others) and three values for each other parameter, or the script ends
-with an error; tokens a second, all methods taking turns in one process, without the steps in which P is refreshed (one in T; speed.py has their cost).
+with an error; tokens a second, all methods taking turns in one process, without refreshes of P (speed.py has their cost).
 
 As in the paper a method has one rate for all of its parameters, and so GaLore, whose alpha makes the matrices' a quarter of it, trains embedding and head at
-a higher one than the others. --others_lr takes that advantage away.
+a higher one than the others. --others_lr takes that advantage away (at toy size most of GaLore's lead over AdamW is this):
+
+    python experiments/table2.py --others_lr 0.01 --rates 3 --out experiments/results/table2-others.json
 
 LoRA and ReLoRA start from random, frozen weights and have no full-rank warm-up, as in the paper (lora.py); ReLoRA restarts three times. GaLore
 is thin, the others plain. All are galore.GaLoreAdamW, which is AdamW where no rank is given.
@@ -25,7 +27,7 @@ import statistics
 import time
 
 import torch
-from runs import above_zero, begin, curves, make_model, middle, options, parse, rates_of, show, spread, stepper, sweep, title, write  # first: it finds the files below
+from runs import above_zero, begin, curves, details, make_model, middle, options, parse, rates_of, show, spread, stepper, sweep, title, write  # first: it finds the files below
 
 import lora
 from adam8bit import BLOCK, SMALLEST
@@ -82,17 +84,18 @@ def speed(chosen: dict[str, dict], device: str, rounds: int) -> dict[str, float]
     for name, run in chosen.items():
         model = make_model(run, device)
         opt = build(model, run)
+        opt.due = lambda p: False  # no refreshes
         if device.startswith("cuda"):
             for block in model.model.layers:
                 block.compile(fullgraph=True, dynamic=False)
         steps[name] = stepper(model, opt, run, open_data(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
-    for t in range(1, rounds + 8):
+    for t in range(1, rounds + 4):
         for name, step in steps.items():
             start = time.perf_counter()
             step(t).item()  # waits for the device
             times[name].append(time.perf_counter() - start)
     tokens = {name: run["total_batch_size"] * run["seq_len"] for name, run in chosen.items()}
-    return {name: tokens[name] / statistics.median(times[name][7:]) for name in chosen}  # the first seven: compilation, early refreshes
+    return {name: tokens[name] / statistics.median(times[name][3:]) for name in chosen}  # the first three: compilation
 
 
 def main() -> None:
@@ -105,18 +108,18 @@ def main() -> None:
         setting["others_lr"] = args.others_lr
     found = sweep(build, METHODS, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
     chosen = {name: result["run"] for name, result in found.items()}
-    tokens_per_s = speed(chosen, args.device, args.rounds or (2 if args.quick else 15))
+    tokens_per_s = {} if args.left else speed(chosen, args.device, args.rounds or (2 if args.quick else 15))
     rows = []
     for name, result in found.items():
         run, measured = result["run"], result["run"]["weight_bytes"] + result["run"]["state_bytes"]
         if measured != table1(run):
             raise SystemExit(f"{name}: weights and states take {measured:,} bytes, and not the {table1(run):,} of the paper's Table 1")
         rows.append({"method": name, "validation loss": spread(result["losses"]), "perplexity": round(math.exp(statistics.mean(result["losses"])), 3),
-                     "bits a byte": round(run["bits_per_byte"], 4), "weights + states, MB": round(measured / 1e6, 2), "states, MB": round(run["state_bytes"] / 1e6, 2),
-                     "tokens/s": round(tokens_per_s[name]), "of the first row's": round(tokens_per_s[name] / next(iter(tokens_per_s.values())), 2), **rates_of(result),
+                     "bits a byte": round(run["bits_per_byte"] * statistics.mean(result["losses"]) / run["val_loss"], 4), "weights + states, MB": round(measured / 1e6, 2), "states, MB": round(run["state_bytes"] / 1e6, 2),
+                     **({"tokens/s": round(tokens_per_s[name]), "of the first row's": round(tokens_per_s[name] / next(iter(tokens_per_s.values())), 2)} if tokens_per_s else {}), **rates_of(result),
                      "paper, 60M: perplexity (weights + states)": PAPER.get(name, "")})  # fmt: skip
     show(title(setting), rows)
-    write(args, setting, table=rows, runs=list(chosen.values()))
+    write(args, setting, table=rows, **details(found))
     curves(found, setting, args.figure)
 
 
