@@ -2778,7 +2778,7 @@ def test_comparisons_run(name, tmp_path, monkeypatch, tokens):
     if name == "knobs":
         assert set(got["tables"]) == {"rank", "T", "alpha", "steps"}
     if name == "beyond":
-        assert len(got["table"]) == {"methods": 10, "variants": 8, "cut": 9}[table[0]]
+        assert len(got["table"]) == {"methods": 13, "variants": 8, "cut": 9}[table[0]]
         assert table != ["variants"] or {row["base"] for row in got["table"]} == {"GaLore", "GaLore, Muon"}
     if name == "gradient_rank":
         full, galore_ = got["found"]["full rank"], got["found"]["GaLore"]

@@ -1,14 +1,14 @@
 """
 Better than the paper: which changes to GaLore lower the loss at its memory, and how far is it from full-rank AdamW and Muon?
 
-    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 63 runs of two minutes on one core; writes results/beyond-methods.json and .png
+    python experiments/beyond.py methods --seeds 0 1 2      toy on bytes: 80 runs of two minutes on one core; writes results/beyond-methods.json and .png
     python experiments/beyond.py variants                   32 runs
     python experiments/beyond.py cut                        21 runs, seven of them twice as long
     python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --rank 64 --rates 3 --seeds 0 1 2
     python experiments/beyond.py variants --quick           12 steps of a tiny model
 
 | methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms ("others"); GaLore, and GaLore |
-|          | with Muon's direction in the subspace (galore.py's muon=True), also at a higher rank in the same memory: each at three or five learning rates; the best again with the other seeds |
+|          | with Muon's direction in the subspace (galore.py's muon=True), also at a higher rank in the same memory, and there with twice the rate for embedding, head and norms (half of alpha at twice the rate): each at three or five learning rates; the best again with the other seeds |
 | variants | one change at a time to GaLore and to GaLore with Muon, at the base's best learning rate, on the first seed |
 | cut      | what the cut at rank r costs: at two lengths and two widths (half the width: heads of 32), on the first seed |
 
@@ -28,29 +28,35 @@ import table2
 from galore import GaLoreAdamW, param_groups
 from model import SIZES
 
-METHODS = {  # name: options of the run
+METHODS = {  # name: options of the run; rank and alpha are factors of the setting's
     "AdamW": dict(optimiser="AdamW"),
     "AdamW, others 0.01": dict(optimiser="AdamW", others_lr=0.01),
     "AdamW, others 0.02": dict(optimiser="AdamW", others_lr=0.02),
+    "AdamW, others 0.04": dict(optimiser="AdamW", others_lr=0.04),
     "Muon": dict(optimiser="Muon"),
     "Muon, others 0.032": dict(optimiser="Muon", others_lr=0.032),
     "Muon 0.9, others 0.032": dict(optimiser="Muon", others_lr=0.032, momentum=0.9),
     "Muon 0.9, others 0.064": dict(optimiser="Muon", others_lr=0.064, momentum=0.9),
+    "Muon 0.9, others 0.128": dict(optimiser="Muon", others_lr=0.128, momentum=0.9),
     "GaLore": dict(optimiser="GaLore"),
     "GaLore, Muon": dict(optimiser="GaLore", muon=True),
-    "GaLore, Muon, r x 1.6": dict(optimiser="GaLore", muon=True),  # about the memory of GaLore: r (m + n) values in place of r (m + 2n)
+    "GaLore, Muon, r x 1.6": dict(optimiser="GaLore", muon=True, rank=1.6),  # about the memory of GaLore: r (m + n) values in place of r (m + 2n)
+    "GaLore, Muon, r x 1.6, others x 2": dict(optimiser="GaLore", muon=True, rank=1.6, alpha=0.5),
 }
 RATES = {
     "AdamW": [0.00025, 0.0005, 0.001, 0.002, 0.004],
     "AdamW, others 0.01": [0.000125, 0.00025, 0.0005, 0.001, 0.002],
-    "AdamW, others 0.02": [0.00025, 0.0005, 0.001],
+    "AdamW, others 0.02": [0.00025, 0.0005, 0.001, 0.002],
+    "AdamW, others 0.04": [0.0005, 0.001, 0.002],
     "Muon": [0.002, 0.004, 0.008, 0.016, 0.032],
     "Muon, others 0.032": [0.001, 0.002, 0.004, 0.008, 0.016],
     "Muon 0.9, others 0.032": [0.002, 0.004, 0.008, 0.016, 0.032],
     "Muon 0.9, others 0.064": [0.004, 0.008, 0.016],
+    "Muon 0.9, others 0.128": [0.004, 0.008, 0.016],
     "GaLore": [0.0025, 0.005, 0.01, 0.02, 0.04],
     "GaLore, Muon": [0.01, 0.02, 0.04, 0.08, 0.16],
     "GaLore, Muon, r x 1.6": [0.02, 0.04, 0.08],
+    "GaLore, Muon, r x 1.6, others x 2": [0.04, 0.08, 0.16],
 }
 VARIANTS = {  # what changes: options
     "beta2 0.99": dict(beta2=0.99),
@@ -202,7 +208,9 @@ def width(setting: dict) -> int:
 
 
 def methods(setting: dict, args) -> tuple[list[dict], dict]:
-    tried = {name: o | dict(rank=int(setting["rank"] * 1.6)) if "1.6" in name else o for name, o in METHODS.items() if name in (args.methods or METHODS)}
+    scaled = {key: type(setting[key]) for key in ("rank", "alpha")}
+    tried = {name: o | {key: kind(setting[key] * o[key]) for key, kind in scaled.items() if key in o}
+             for name, o in METHODS.items() if name in (args.methods or METHODS)}  # fmt: skip
     found = sweep(build, tried, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
     curves(found, setting, args.figure)
     rows = [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
@@ -265,7 +273,7 @@ def main() -> None:
     fits(setting | dict(rank=highest), parser)
     rows, more = tables[args.table](setting, args)
     show(f"{args.table}; {title(setting)}", rows)
-    write(args, setting | used, table=rows, **more)
+    write(args, setting | used | {"momentum of Muon": "0.95, or as the name says; in the subspace 0.9"}, table=rows, **more)
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def sweep(build, methods: dict[str, dict], rates: dict[str, list[float]], settin
 
 
 def middle(rates: list[float], count: int) -> list[float]:
-    """So many of a method's learning rates, the outer ones left out first."""
-    first = max(0, (len(rates) - count) // 2)
+    """So many of a method's learning rates, ascending: the outer ones are left out first."""
+    first = max(0, (len(rates) - count + 1) // 2)
     return rates[first : first + count]
 
 
@@ -364,7 +364,7 @@ def write(args: argparse.Namespace, setting: dict, **result) -> None:
     """The json: whole at any time."""
     name = Path(setting["data"]).name
     head = {"command": args.command, **conditions(args, setting["data"]), **setting, "data": name, "seeds": args.seeds}
-    head["all methods"] = "betas 0.9 and 0.999 where Adam, momentum 0.9 where Muon (if nothing else is said), no weight decay, no clipping; warm-up, then cosine to a tenth"
+    head["all methods"] = "betas 0.9 and 0.999 where Adam, no weight decay, no clipping; warm-up, then cosine to a tenth"
     result |= {"runs": [run | dict(data=name) for run in result["runs"]]} if "runs" in result else {}
     if getattr(args, "code", None):
         head["code (checksums of the files that made the runs)"] = sorted(args.code)
