@@ -53,7 +53,7 @@ def observe(run: dict, device: str, every: int) -> dict:
                     now["inside P"][kind].append(((P.T @ G).square().sum() / squares.sum()).item())
         for quantity, kinds in now.items():
             for kind, values in kinds.items():
-                found[quantity][kind].append([t, mean(values)])
+                found[quantity][kind].append([t, float(f"{mean(values):.5g}")])
 
     opt.register_step_pre_hook(before)
     step = stepper(model, opt, run, open_data(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))

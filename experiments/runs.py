@@ -108,7 +108,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     args.cache = None if args.quick else args.cache or FOLDER.parent / "out" / "runs.jsonl"
     table = f"-{args.table}" if "table" in args else ""
     args.out = args.out or FOLDER / "results" / f"{name}{table}{'-quick' * args.quick}.json"
-    args.figure = (FOLDER / "figures" / args.out.name if args.out.parent == FOLDER / "results" else args.out).with_suffix(".png")
+    args.figure = (FOLDER / "figures" / args.out.name if args.out.resolve().parent == FOLDER / "results" else args.out).with_suffix(".png")
     words = [re.sub(r"(^|=).*/", r"\1", word.rstrip("/")) for word in sys.argv[1:]]  # folders by their names: where they lie is nobody's business
     args.command = " ".join(["python", f"experiments/{name}.py", *words])
     try:
