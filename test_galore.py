@@ -2829,6 +2829,11 @@ def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
     assert not made and again == found and "other code" not in capsys.readouterr().out
     cache.write_text(cache.read_text().replace('"code": "', '"code": "x'))
     assert sweep("--seeds", "0", "1")[0] == found and "5 of 5 runs were kept in runs.jsonl by other code" in capsys.readouterr().out
+    assert runs.middle([1, 2, 3, 4], 3) == [2, 3, 4] and runs.middle([1, 2, 3, 4, 5], 3) == [2, 3, 4] and runs.middle([1, 2], 5) == [1, 2]
+    assert runs.finite({"a": [1.5, math.nan, (math.inf,)]}) == {"a": [1.5, "diverged", ["diverged"]]}
+    before = runs.conditions(args, str(tmp_path / "deep"))
+    (tmp_path / "deep" / "x.tokens").write_bytes(b"1234")  # data.py writes beside the text: still the same data
+    assert runs.conditions(args, str(tmp_path / "deep")) == before
     sweep(methods={"A": dict(a=1)})
     assert [name for name, *_ in made] == ["A", "A", "A"]
     sweep("--steps", "299")
@@ -2897,6 +2902,8 @@ def test_glue(tmp_path):
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "glue-quick.json").read_text()
+    tried = {"1e-05": {"0": {"accuracy": 0.5}, "1": {"accuracy": 0.9}}, "2e-05": {"0": {"accuracy": 0.6}}, "3e-05": {"7": {"accuracy": 1.0}}}
+    assert experiment("glue").chosen("RTE", tried) == "2e-05"  # compared on the seed that most rates have
     rows = {row["method"]: row for row in json.loads(text)["table"]}
     assert len(rows) == 5 and str(tmp_path) not in text
     for method, row in rows.items():

@@ -1,7 +1,7 @@
 """
 Does it help? Stochastic rounding, the basis P in 8 bits, and the warm refresh, each taken away at toy size.
 
-    python experiments/ablations.py              30 runs of two minutes on one core; writes experiments/results/ablations.json
+    python experiments/ablations.py              30 runs of three minutes on one core; writes experiments/results/ablations.json
     python experiments/ablations.py --quick      one seed, 20 small steps: do all variants run, and are they what they say?
 
 Every run is train.py's own code, `python train.py --size toy --data python --galore --rank 64`, in a process of its own, on one thread

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -110,7 +111,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
     args.out = args.out or FOLDER / "results" / f"{name}{table}{'-quick' * args.quick}.json"
     args.figure = (FOLDER / "figures" / args.out.name if args.out.resolve().parent == FOLDER / "results" else args.out).with_suffix(".png")
     words = [re.sub(r"(^|=).*/", r"\1", word.rstrip("/")) for word in sys.argv[1:]]  # folders by their names: where they lie is nobody's business
-    args.command = " ".join(["python", f"experiments/{name}.py", *words])
+    args.command = shlex.join(["python", f"experiments/{name}.py", *words])
     try:
         if args.out.suffix != ".json":
             raise ValueError(f"--out {args.out} must be a .json")
