@@ -1,22 +1,29 @@
 """
-What does it take on a GPU, and how fast is it there? Every claim of this repository that needs one, in under ten minutes.
+What does it take on a GPU, and how fast is it there? Every claim of this repository that needs one, in nine minutes.
 
     pip install -r requirements.txt -r experiments/requirements.txt
-    python experiments/gpu.py                         one NVIDIA card of 24 GB or more; writes experiments/results/gpu.json
-    python experiments/gpu.py --quick --device cpu    sizes of a toy, two minutes: do all paths run? Its figures mean nothing
+    python experiments/gpu.py --text TEXT             one NVIDIA card of 24 GB or more; writes experiments/results/gpu.json
+    python experiments/gpu.py --text TEXT --parts curves --minutes 4     60M with five optimisers, the same tokens
+    python experiments/gpu.py --quick --device cpu    sizes of a toy: do all paths run? Its figures mean nothing
 
-Parts, in the order in which they run:
-    7b       131,072 tokens a step: tokens/s, compiled and eager; memory, with clipping too; where the time of a micro-batch goes
-    correct  what the tests hold on a CPU, on this card: basis, codes, thin = plain, resuming, compiled = eager, no wait for the host
-    7b_256   256 tokens a step, the paper's record of memory: ours, and galore-torch's GaLoreAdamW8bit
-    1b       131,072 tokens a step, against full-rank torch.optim.AdamW(fused=True)
-    refresh  all 224 bases of the 7B model, against torch.linalg.svd
-    1b_256, 7b_r256, 60m    the same on the 1B model; memory at rank 256; the whole training step of the 60M model
+TEXT is a folder of json lines with a train and a validation file, as data.py reads it (for readme; 800,000 tokens or more); --articles, likewise, is for curves.
 
-A card with more memory than --cap is held to that, as if it had no more. A figure is in the file as soon as it is known; a part
-that fails, or for which no time is left, says so there. Times are medians of steps after those that compile and that refresh,
-the device idle at both ends. The share of the peak counts 6 operations a parameter and token, and the peak is that of the
-fastest square bf16 product here. GB is 1e9 bytes. Left out on purpose: data (random tokens do), quality, several GPUs.
+Parts, most valuable first; each runs in a process of its own, with a time limit. A part that the file already has is not run again.
+    preflight  versions, clocks, copies a second, the matrix peak: a burst, and what is left of it after three seconds
+    7b         131,072 tokens a step: tokens/s, share of that peak; memory, with clipping too; where the time of a micro-batch goes
+    correct    what the tests hold on a CPU, on this card: basis, codes, the CPU's weights after refreshes, 8 bits, thin = plain,
+               resuming, compiled = eager, no wait for the host
+    7b_256     256 tokens a step, the paper's record of memory: ours, and galore-torch's GaLoreAdamW8bit
+    1b         131,072 tokens a step: ours, torch.optim.AdamW(fused=True), bitsandbytes' Adam8bit, APOLLO
+    readme     the README's own command at 7B, six steps on TEXT
+    60m        tokens/s of the 60M model, compiled and eager
+    refresh    all 224 bases of the 7B model, against torch.linalg.svd
+    curves     60M on --articles, the same tokens: GaLore, Muon's direction, AdamW, torch's Muon, galore-torch (not among the default parts)
+
+A second process takes all memory but --cap GiB, so that nothing here has more than a 24 GB card shows. A figure is in the file
+as soon as it is known. Times are medians of steps after those that compile and that refresh, the device idle at both ends. The
+share of the peak counts 6 operations a parameter and token. cuDNN's attention is switched off: a 4090 does not have it.
+GB is 1e9 bytes. Left out on purpose: several GPUs.
 """
 
 import argparse
@@ -25,41 +32,43 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import distributions
 from itertools import cycle, product
 from pathlib import Path
+from shutil import disk_usage, rmtree
 from statistics import median
-from subprocess import getoutput
 from types import SimpleNamespace
 
-START = time.monotonic()
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import adam8bit  # noqa: E402
+import data  # noqa: E402
 import galore  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
 
-
 STANCE = {"compiled": "default", "eager": "force_eager"}  # in the latter, what is compiled is called uncompiled
+BALLAST = """import sys, torch
+more = int(torch.cuda.mem_get_info()[0] - float(sys.argv[1]) * 2**30)
+held = torch.empty(max(more, 0), dtype=torch.uint8, device="cuda")
+print("held", len(held), flush=True)
+sys.stdin.read()"""
 
 
 class Report:
     """What was measured so far: on the screen, and in a file that is whole after every line."""
 
-    def __init__(self, args: argparse.Namespace, conditions: dict):
+    def __init__(self, args: argparse.Namespace):
         self.args, self.live, self.shrink = args, [], 32 if args.quick else 1  # live: what was built and not yet given back
-        self.compiler = train.why_not_compile(args.device) is None
-        self.compile = self.compiler and not args.quick  # --quick compiles where it must: on a CPU that takes longest of all
-        note = {"note": "--quick: sizes of a toy. These figures say that the code runs, and nothing else."} if args.quick else {}
-        self.all = note | {"conditions": conditions, "parts": {}, "bars": []}
-
-    def left(self) -> float:
-        return 60 * self.args.minutes - (time.monotonic() - START)
+        note = "--quick: sizes of a toy. These figures say that the code runs, and nothing else." if args.quick else ""
+        self.all = json.loads(args.out.read_text()) if args.out.exists() else {"note": note, "conditions": {}, "parts": {}}
 
     def write(self, line: str, **figures) -> None:
         print(line, ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()), flush=True)
@@ -68,18 +77,18 @@ class Report:
         part.replace(self.args.out)
 
     def part(self, name: str, **state) -> None:
-        self.rows = self.all["parts"].setdefault(name, {"rows": []})["rows"]
-        self.all["parts"][name].update(state)
+        self.here = self.all["parts"].setdefault(name, {"rows": [], "bars": []})
+        self.here.update(state)
         self.write(f"\n{name}:", **state)
 
     def row(self, what: str, **figures) -> None:
-        self.rows.append({"what": what} | figures)
+        self.here["rows"].append({"what": what} | figures)
         self.write(f"  {what}:", **figures)
 
     def bar(self, name: str, value: float | None, sign: str, limit: float) -> None:  # None: it could not be measured here
         met = None if value is None else {"<=": value <= limit, "<": value < limit, ">=": value >= limit}[sign]
-        self.all["bars"].append(dict(name=name, value=value, limit=f"{sign} {limit:.4g}", met=met))
-        self.write("  bar:", **self.all["bars"][-1])
+        self.here["bars"].append(dict(name=name, value=value, limit=f"{sign} {limit:.4g}", met=met))
+        self.write("  bar:", **self.here["bars"][-1])
 
 
 def seconds(run) -> float:
@@ -101,22 +110,42 @@ def typical(run, times: int = 5, within: float = 8.0) -> float:
 
 
 def memory(forget: bool = False) -> dict:
-    """Peak since it was last told to forget; nothing is known on a CPU."""
+    """Peak since it was last told to forget, and how often memory ran out and was gathered; nothing is known on a CPU."""
     if not torch.cuda.is_initialized():
-        return {"allocated GB": None, "reserved GB": None}
-    peak = {"allocated GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9}
+        return {"allocated GB": None, "reserved GB": None, "retries": None}
+    stats = torch.cuda.memory_stats()
+    peak = {"allocated GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9,
+            "retries": stats["num_alloc_retries"]}  # fmt: skip
     if forget:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return peak
 
 
-def matrix_peak(n: int, device: str) -> float:
-    """Operations a second of an n x n x n product of random bf16 matrices."""
+def preflight(report) -> None:
+    device, n = report.args.device, 8192 // report.shrink
+    report.all["conditions"] |= {
+        "torch": torch.__version__, "cuda": torch.version.cuda, "allocator": os.environ["PYTORCH_ALLOC_CONF"],
+        "commit": subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty"),
+        "packages": {d.name: d.version for d in distributions()
+                     if d.name in ("galore-torch", "bitsandbytes", "apollo-torch", "transformers", "triton")}}  # fmt: skip
+    if device == "cuda":
+        card, (free, total) = torch.cuda.get_device_properties(), torch.cuda.mem_get_info()
+        report.all["conditions"] |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "memory GiB": total / 2**30,
+                                     "GiB free beside the ballast and a context": free / 2**30}  # fmt: skip
+    report.write("conditions:", **report.all["conditions"])
+    x = torch.empty(2**28 // report.shrink, dtype=torch.int32, device=device)
+    y = torch.empty_like(x)
+    report.row("copy", **{"TB/s, read and written": 2 * x.nbytes / typical(lambda: y.copy_(x), 20) / 1e12})
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out, repeats = torch.empty_like(a), min(16, 2**40 // n**3)  # milliseconds on a GPU between two waits
-    times = [seconds(lambda: [torch.mm(a, b, out=out) for _ in range(repeats)]) for _ in range(20)]
-    return repeats * 2 * n**3 / median(times[5:])
+    out, repeats = torch.empty_like(a), min(4, 2**40 // n**3)
+    times, start = [], time.monotonic()
+    while time.monotonic() - start < (3 if device == "cuda" else 0.2):
+        times.append(2 * repeats * n**3 / seconds(lambda: [torch.mm(a, b, out=out) for _ in range(repeats)]) / 1e12)
+    clocks = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    now = subprocess.getoutput(f"nvidia-smi --query-gpu={clocks} --format=csv") if device == "cuda" else ""
+    report.all["conditions"] |= {"bf16 TFLOP/s, burst": max(times), "bf16 TFLOP/s, sustained": median(times[len(times) // 2 :])}
+    report.row(f"product of {n} x {n} bf16 matrices", **{"burst TFLOP/s": max(times), "sustained TFLOP/s": median(times[len(times) // 2 :]), "clocks": now})
 
 
 def build(report, size: str, rank: int | None, batch: int, total: int, *flags: str, prepare=None) -> SimpleNamespace:
@@ -184,15 +213,17 @@ def speed(report, case, what: str, within: float = 20.0) -> dict:
     stand(case, due=False)
     step(case)
     step(case, min(whole, 2))  # the second micro-batch adds to what the first has left
-    took, timed, more = typical(lambda: step(case), 10, 5.0), 1, {}
+    took, timed, more = typical(lambda: step(case), 10, 3.0), 1, {}
     if whole > 1:
         few = min(whole, 3)
-        each = max(1e-9, typical(lambda: step(case, few), 5, 8.0) - took) / (few - 1)
+        each = max(1e-9, typical(lambda: step(case, few), 3, 5.0) - took) / (few - 1)
         more = {"s a micro-batch": each, "s of the update": took - each}
         timed = whole if took + (whole - 1) * each <= within else max(few, int(within / each))
+        timed = min(timed, whole)
         took = typical(lambda: step(case, timed), 3, within) + (whole - timed) * each
-    share = 6 * case.model.num_parameters() * whole * tokens / took / report.peak
-    figures = {"tokens/s": whole * tokens / took, "share of the peak": share, "tokens a step": whole * tokens, "s a step": took}
+    work = 6 * case.model.num_parameters() * whole * tokens / took / 1e12
+    peak = report.all["conditions"]["bf16 TFLOP/s, sustained"]
+    figures = {"tokens/s": whole * tokens / took, "TFLOP/s": work, "share of the peak": work / peak, "tokens a step": whole * tokens, "s a step": took}
     report.row(what, **figures, **{"micro-batches": whole, "of these timed": timed}, **more, command=case.command)
     return figures
 
@@ -215,14 +246,11 @@ def worst_memory(report, case, what: str, limit: float | None, micro: int = 1) -
 def seven(report) -> None:
     case = build(report, "7b", 1024, 16, 512, "--activation_checkpointing")
     report.row("7B, first step, which compiles", seconds=seconds(lambda: step(case)), **memory())
-    report.bar("7B, share of the bf16 peak", speed(report, case, "7B, r = 1024", min(100.0, report.left() - 100))["share of the peak"], ">=", 0.5)
+    report.bar("7B, share of the sustained bf16 peak", speed(report, case, "7B, r = 1024", 15.0)["share of the peak"], ">=", 0.5)
     for what, clip in ("7B, 131,072 tokens", None), ("7B, 131,072 tokens, clipping", 1.0):
         case.args.grad_clipping = case.opt.max_norm = clip
-        worst_memory(report, case, what, 24.0, micro=2)  # from the second micro-batch on it is the same
+        worst_memory(report, case, what, 24.0 if clip is None else 24.1, micro=2)  # from the second micro-batch on it is the same
     case.args.grad_clipping = case.opt.max_norm = None
-    with torch.compiler.set_stance(STANCE["eager"]):
-        speed(report, case, "7B, r = 1024, eager", 8.0)
-        worst_memory(report, case, "7B, 131,072 tokens, eager", None, micro=2)
     where_time_goes(report, case)
 
 
@@ -265,8 +293,16 @@ def breakdown(report, events: list[dict], wall: float) -> None:
         report.row(name, ms=ms, share=ms / 1e3 / wall)
 
 
+def weights(case) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().double().cpu() for p in case.model.parameters()])
+
+
+def apart(a, b) -> float:
+    return ((weights(a) - weights(b)).norm() / weights(a).norm()).item()
+
+
 def correct(report) -> None:
-    device, tiny = report.args.device, ("--dtype=float32", "--state_bits=32", "--no-compile", "--update_proj_gap=7")
+    device = report.args.device
     P = galore.orthonormal(torch.randn(4096 // report.shrink, 1024 // report.shrink, device=device))
     report.bar("P'P = I, largest error", (P.T @ P - torch.eye(P.shape[1], device=device)).abs().max().item(), "<=", 1e-5)
 
@@ -275,11 +311,27 @@ def correct(report) -> None:
     for signed, y in (True, x), (False, x.square()):
         wrong += sum((a != b.cpu()).sum().item() for a, b in zip(adam8bit.quantise(y, signed), adam8bit.quantise(y.to(device), signed)))
     report.bar("codes and scales that differ from the CPU's", wrong, "<=", 0)
+    as_on_a_cpu(report)
+    resumed(report)
+    losses_compiled(report)
+    waits(report)
 
-    def apart(a, b) -> float:
-        a, b = (torch.cat([p.detach().flatten().double() for p in case.model.parameters()]) for case in (a, b))
-        return ((a - b).norm() / a.norm()).item()
 
+def as_on_a_cpu(report) -> None:
+    """Weights and state of a toy on a CPU are copied to the device; both take the same 12 steps, four of which refresh."""
+    for bits, limit in (32, 1e-3), (8, 3e-2):
+        flags = ("--dtype=float32", f"--state_bits={bits}", "--no-compile", "--update_proj_gap=5")
+        there, here, start = (build(report, "toy", 64, 4, 8, *flags, f"--device={kind}") for kind in (report.args.device, "cpu", "cpu"))
+        there.model.load_state_dict(here.model.state_dict())
+        there.opt.load_state_dict(here.opt.state_dict())
+        for _ in range(12):
+            step(there, 2), step(here, 2)
+        moved = apart(here, start)
+        report.bar(f"12 steps, fp32, {bits}-bit state, off the CPU's as a share of the way", apart(here, there) / moved, "<=", limit)
+
+
+def resumed(report) -> None:
+    tiny = ("--dtype=float32", "--state_bits=32", "--no-compile", "--update_proj_gap=7")
     thin, plain, again = (build(report, "toy", 64, 4, 8, *tiny, flag) for flag in ("--layerwise", "--no-layerwise", "--layerwise"))
     for _ in range(12):
         step(thin, 2), step(plain, 2)
@@ -293,21 +345,25 @@ def correct(report) -> None:
         step(thin, 2), step(again, 2)
     report.bar("resumed = not interrupted, 4 more steps, fp32, weights apart by", apart(thin, again), "<=", 1e-4)
 
+
+def losses_compiled(report) -> None:
     ends, graphs, early = {}, torch._dynamo.utils.counters["stats"], 0
     for name, flag, seed in ("eager", "--no-compile", 0), ("rounded otherwise", "--no-compile", 1), ("compiled", "--compile", 0):
-        if flag == "--no-compile" or report.compiler:
+        if flag == "--no-compile" or report.compile:
             case, losses = build(report, "60m", 128, 16, 16, flag, f"--seed={seed}", "--lr=0.002"), []
             for t in range(30):
                 early = graphs["unique_graphs"] if t == 4 else early
                 losses.append(step(case))
             ends[name] = torch.stack(losses[-5:]).mean().item()
             report.row(f"60M, bf16, 30 steps on 4 batches, {name}", **{"first loss": losses[0].item(), "last five": ends[name]})
-    noise, off = abs(ends["eager"] - ends["rounded otherwise"]), abs(ends["eager"] - ends["compiled"]) if report.compiler else None
+    noise, off = abs(ends["eager"] - ends["rounded otherwise"]), abs(ends["eager"] - ends["compiled"]) if report.compile else None
     report.bar("60M, loss, compiled off eager", off, "<=", max(3 * noise, 0.03 * ends["eager"]))
-    report.bar("60M, graphs compiled after step 4", graphs["unique_graphs"] - early if report.compiler else None, "<=", 0)
+    report.bar("60M, graphs compiled after step 4", graphs["unique_graphs"] - early if report.compile else None, "<=", 0)
 
-    waits = 0 if torch.cuda.is_initialized() else None
-    for name, clip, due in product(("compiled", "eager"), (None, 1.0), (False, True)) if waits is not None else ():
+
+def waits(report) -> None:
+    count, case = 0 if torch.cuda.is_initialized() else None, report.live[-1]
+    for name, clip, due in product(("compiled", "eager"), (None, 1.0), (False, True)) if count is not None else ():
         case.opt.max_norm = clip
         for mode in ("default", "error"):  # the first step compiles, for which the host may wait
             stand(case, due)
@@ -316,35 +372,29 @@ def correct(report) -> None:
                 with torch.compiler.set_stance(STANCE[name]):
                     step(case, 2)
             except RuntimeError as error:
-                waits += 1
+                count += 1
                 report.row("a step waits for the host", way=name, clipping=clip, refreshing=due, error=str(error)[:500])
                 case.opt.zero_grad()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    report.bar("60M, kinds of step (of 8) that wait for the host", waits, "<=", 0)
+    report.bar("60M, kinds of step (of 8) that wait for the host", count, "<=", 0)
 
 
-def at_256_tokens(report, size: str, rank: int, limit: float, peer: bool = True) -> None:
-    """A step on each sequence. Ours counts compiled, galore-torch's both with compiled blocks and eager, as it is written."""
-    what = f"{size.upper()}, r = {rank}, 256 tokens"
-    case = build(report, size, rank, 1, 1)
-    least = worst_memory(report, case, what, limit)
-    if not peer:
-        return
+def at_256_tokens(report) -> None:
+    """A step on each sequence. Ours counts compiled; galore-torch's eager, as it is written."""
+    what = "7B, r = 1024, 256 tokens"
+    case = build(report, "7b", 1024, 1, 1)
+    least = worst_memory(report, case, what, 20.5)
     rate = speed(report, case, what)["tokens/s"]
-    with torch.compiler.set_stance(STANCE["eager"]):
-        worst_memory(report, case, f"{what}, eager", None)
-        speed(report, case, f"{what}, eager")
     clean(report.live)
-    case = build(report, size, rank, 1, 1, prepare=galore_torch)
-    for name in ("eager", "compiled") if report.compile else ("eager",):  # compiled takes more memory: a block's gradients come together
-        with torch.compiler.set_stance(STANCE[name]):
-            step(case)
-            memory(forget=True)
-            theirs, peak = speed(report, case, f"{what}, galore-torch, {name}")["tokens/s"], memory()
-        report.row(f"memory, {what}, galore-torch, {name}", **peak)
-        report.bar(f"{what}, tokens/s over galore-torch's, {name}", rate / theirs, ">=", 2.0)
-        report.bar(f"{what}, memory over galore-torch's, {name}", least / peak["allocated GB"] if least else None, "<", 1.0)
+    case = build(report, "7b", 1024, 1, 1, prepare=galore_torch)
+    with torch.compiler.set_stance(STANCE["eager"]):
+        step(case)
+        memory(forget=True)
+        theirs, peak = speed(report, case, f"{what}, galore-torch")["tokens/s"], memory()
+    report.row(f"memory, {what}, galore-torch", **peak)
+    report.bar(f"{what}, tokens/s over galore-torch's", rate / theirs, ">=", 1.0)
+    report.bar(f"{what}, memory over galore-torch's", least / peak["allocated GB"] if least else None, "<", 1.0)
 
 
 def galore_torch(model, args) -> SimpleNamespace:
@@ -367,94 +417,214 @@ def galore_torch(model, args) -> SimpleNamespace:
     return SimpleNamespace(step=lambda: None, zero_grad=lambda: None, state={p: opt.state[p] for p, opt in opts.items()})
 
 
+def in_the_blocks(model, rank, **flags) -> list[dict]:
+    """The groups that galore-torch and apollo-torch take: the matrices of the blocks with a rank, and the rest."""
+    *blocks, rest = galore.param_groups(model, rank)
+    return [dict(params=[p for block in blocks for p in block["params"]], rank=rank, **flags), dict(params=rest["params"])]
+
+
+def fused(model, args):
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=args.device == "cuda")
+
+
+def adam8bit_of_bitsandbytes(model, args):
+    from bitsandbytes.optim import Adam8bit
+    return Adam8bit(model.parameters(), lr=args.lr)
+
+
+def apollo(model, args):
+    from apollo_torch import APOLLOAdamW
+    flags = dict(proj="random", scale_type="channel", scale=1.0, update_proj_gap=200, proj_type="std")
+    return APOLLOAdamW(in_the_blocks(model, min(256, args.rank or 256), **flags), lr=args.lr)
+
+
 def one(report) -> None:
     case = build(report, "1b", 512, 16, 512)
-    ours = speed(report, case, "1B, GaLore r = 512, 8 bits")["tokens/s"]
-    with torch.compiler.set_stance(STANCE["eager"]):
-        speed(report, case, "1B, GaLore r = 512, 8 bits, eager", 5.0)
-    clean(report.live)
-    case = build(report, "1b", None, 16, 512, prepare=lambda model, args: torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True))
-    theirs = speed(report, case, "1B, torch.optim.AdamW(fused=True)")["tokens/s"]
+    ours = speed(report, case, "1B, GaLore r = 512, 8 bits", 8.0)["tokens/s"]
     report.row("memory of that", **memory())
-    report.bar("1B, tokens/s over fused AdamW's", ours / theirs, ">=", 1.1)
+    for name, prepare in ("torch.optim.AdamW(fused=True)", fused), ("bitsandbytes' Adam8bit", adam8bit_of_bitsandbytes), ("APOLLO, r = 256", apollo):
+        clean(report.live)
+        try:
+            theirs = speed(report, build(report, "1b", None, 16, 512, prepare=prepare), f"1B, {name}", 6.0)["tokens/s"]
+            report.row("memory of that", **memory())
+            if prepare is fused:
+                report.bar("1B, tokens/s over fused AdamW's", ours / theirs, ">=", 1.1)
+        except Exception as error:  # a peer that does not run here must not hide the others
+            report.row(f"1B, {name}, failed", error=f"{type(error).__name__}: {error}"[:500])
+
+
+def readme(report) -> None:
+    """train.py as the README starts it, on real text: micro-batch and checkpointing are what it chooses for what is free."""
+    args, best = report.args, Path("/dev/shm")
+    if not args.text:
+        return report.row("not run: --text names no text")
+    roomy = best.is_dir() and disk_usage(best).free > 45e9  # two checkpoints; a RAM disk is faster
+    folder = Path(tempfile.mkdtemp(dir=best if roomy else None))
+    flags = f"--data {args.text} --data_dir {folder} --out_dir {folder}/run --steps 6 --warmup_steps 2 --eval_tokens 65536 --eval_every 6 --save_every 6"
+    command = f"train.py --size 7b --galore --rank 1024 {flags}".split()
+    if args.quick:
+        command += "--size toy --rank 64 --total_batch_size 8 --seq_len 64 --tokenizer bytes --device cpu --eval_tokens 512".split()
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
+    whole, log = time.monotonic() - start, folder / "run" / "log.jsonl"
+    report.row("the end of what it printed", text=done.stdout[-2500:], errors=done.stderr[-1500:])
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb", "seconds")} for line in lines if "tokens_per_s" in line]
+    report.row("steps", steps=steps, validation=[line for line in lines if "val_loss" in line])
+    report.row("whole command", seconds=whole, **{"exit code": done.returncode, "RAM disk": roomy, "command": " ".join(command),
+               "checkpoint GB": sum(f.stat().st_size for f in (folder / "run").glob("*.pt")) / 1e9})  # fmt: skip
+    report.bar("README's command, exit code", done.returncode, "<=", 0)
+    report.bar("README's command, last loss over first", steps[-1]["loss"] / steps[0]["loss"] if steps else None, "<", 1.0)
+    rmtree(folder, ignore_errors=True)
 
 
 def refresh(report) -> None:
-    """One set of tensors a shape, as often as the 7B model has it; an SVD once a shape."""
-    device, (m, wide, rank), ours, svds = report.args.device, (n // report.shrink for n in (4096, 11008, 1024)), 0.0, 0.0
-    torch.linalg.svd(torch.randn(64, 64, device=device))  # loads the library
+    """One set of tensors a shape, as often as the 7B model has it; an SVD of the square shape, last, as it may take long."""
+    device, (m, wide, rank), ours = report.args.device, (n // report.shrink for n in (4096, 11008, 1024)), 0.0
     for n, many in (m, 4 * 32), (wide, 3 * 32):
         opt = galore.GaLoreAdamW([dict(params=[torch.empty(m, n, device=device, dtype=torch.bfloat16, requires_grad=True)], rank=rank)], state_bits=8)
-        state, G = opt.init(*opt.group), torch.randn(m, n, device=device)
+        state, Y = opt.init(*opt.group), torch.randn(m, rank, device=device).bfloat16()
         for name in "MV":
             state[name].random_(256)
             state[name + "_scale"].uniform_(1e-4, 1e-3)
-        run = lambda: galore.refresh(state, G[:, :rank].bfloat16(), torch.tensor(True, device=device))  # noqa: E731, B023
+        run = lambda: galore.refresh(state, Y, torch.tensor(True, device=device))  # noqa: E731, B023
         run()
-        each, svd = typical(run, 20, 5.0), seconds(lambda: torch.linalg.svd(G, full_matrices=False))  # noqa: B023
-        report.row(f"{m} x {n}, r = {rank}", **{"refresh s": each, "torch.linalg.svd s": svd, "such matrices": many})
-        ours, svds = ours + many * each, svds + many * svd
-    report.row("all 224 matrices", **{"refresh s": ours, "torch.linalg.svd s": svds, "SVD is longer by": svds / ours})
+        each = typical(run, 20, 5.0)
+        report.row(f"{m} x {n}, r = {rank}", **{"refresh s": each, "such matrices": many})
+        ours += many * each
     report.bar("refresh of all 224 bases, s", ours, "<=", 5.0)
+    torch.linalg.svd(torch.randn(64, 64, device=device))  # loads the library
+    G = torch.randn(m, m, device=device)
+    svd = seconds(lambda: torch.linalg.svd(G, full_matrices=False))
+    report.row(f"torch.linalg.svd of {m} x {m}", seconds=svd, **{"longer than all 224 refreshes, if 224 are taken": 224 * svd / ours})
 
 
 def sixty(report) -> None:
-    case = build(report, "60m", 128, 128, 512, "--state_bits=32", "--compile" if report.compiler else "--no-compile")
-    for name in ("compiled", "eager") if report.compiler else ("eager",):
+    case = build(report, "60m", 128, 128, 512, "--state_bits=32")
+    for name in ("compiled", "eager") if report.compile else ("eager",):
         with torch.compiler.set_stance(STANCE[name]):
-            speed(report, case, f"60M, r = 128, {name}")
+            speed(report, case, f"60M, r = 128, {name}", 10.0)
 
 
-PARTS = {  # function, its arguments, and seconds without which it is not worth starting
-    "7b": (seven, {}, 150), "correct": (correct, {}, 60), "7b_256": (at_256_tokens, dict(size="7b", rank=1024, limit=20.5), 60),
-    "1b": (one, {}, 60), "refresh": (refresh, {}, 30), "1b_256": (at_256_tokens, dict(size="1b", rank=512, limit=4.6), 45),
-    "7b_r256": (at_256_tokens, dict(size="7b", rank=256, limit=17.6, peer=False), 40), "60m": (sixty, {}, 30)}  # fmt: skip
+def muon_of_torch(model, args):
+    """torch.optim.Muon for the matrices of the blocks, AdamW for the rest; steps of AdamW's size."""
+    inside, rest = (group["params"] for group in in_the_blocks(model, 1))
+    two = torch.optim.Muon(inside, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)
+    return SimpleNamespace(param_groups=[g for opt in two for g in opt.param_groups], state={}, step=lambda: [opt.step() for opt in two],
+                           zero_grad=lambda: [opt.zero_grad() for opt in two])  # fmt: skip
+
+
+def galore_torch_plain(model, args):
+    from galore_torch import GaLoreAdamW
+    return GaLoreAdamW(in_the_blocks(model, args.rank, update_proj_gap=200, scale=0.25, proj_type="std"), lr=args.lr, no_deprecation_warning=True)
+
+
+def curves(report) -> None:
+    """500 steps of 128 x 256 tokens each, the paper's warm-up and cosine; validation on the same 65,536 tokens."""
+    device, quick, tokenizer = report.args.device, report.args.quick, data.get_tokenizer("bytes" if report.args.quick else "gpt2")
+    batch, length, steps = (4, 64, 10) if quick else (128, 256, 500)
+    if not report.args.articles:
+        return report.row("not run: --articles names no text")
+    text, val = (data.open_data(report.args.articles, tokenizer, split, length, data_dir=tempfile.gettempdir()) for split in ("train", "val"))
+    batches = [tuple(t.to(torch.int32) for t in text.batch(batch)) for _ in range(steps)]
+    held = [tuple(t.to(device) for t in val.batch(min(batch, 64))) for _ in range(4)]
+    vocab = -(-tokenizer.n_vocab // 64) * 64
+    methods = {"GaLore": (0.01, 128, None, ()), "GaLore, Muon's direction": (0.02, 128, None, ("--muon",)), "AdamW": (0.002, None, fused, ()),
+               "torch.optim.Muon": (0.002, None, muon_of_torch, ()), "galore-torch": (0.01, 128, galore_torch_plain, ())}  # fmt: skip
+    for name, (lr, rank, prepare, flags) in methods.items():
+        clean(report.live)
+        words = [f"--seq_len={length}", f"--vocab_size={vocab}", f"--batch_size={batch}", f"--total_batch_size={batch}", "--state_bits=32", *flags]
+        case = build(report, "60m", rank, batch, batch, *words, f"--lr={lr}", f"--steps={steps}", prepare=prepare)
+        case.batches, losses, scores, start = iter([(x.long(), y.long()) for x, y in batches]), [], [], None
+        try:
+            for t in range(1, steps + 1):
+                for group in case.opt.param_groups:
+                    group["lr"] = train.learning_rate(t, case.args)
+                losses.append(step(case))
+                if t == 5:  # compiled by now
+                    losses[-1].item()
+                    start = time.perf_counter()
+                if t % (steps // 5) == 0:
+                    with torch.no_grad():
+                        scores.append((t, torch.stack([case.model(x, y) for x, y in held]).mean().item()))
+        finally:
+            took = time.perf_counter() - (start or 0)
+            report.row(name, **{"peak lr": lr, "val": scores, "s of all steps but five": took, "tokens/s": (len(losses) - 5) * batch * length / took,
+                                "loss": [round(x.item(), 4) for x in losses[:: max(1, steps // 50)]]}, **memory(forget=True), command=case.command)  # fmt: skip
+
+
+PARTS = {  # function, and its limit in seconds
+    "preflight": (preflight, 40), "7b": (seven, 170), "correct": (correct, 90), "7b_256": (at_256_tokens, 80), "1b": (one, 110), "readme": (readme, 150),
+    "60m": (sixty, 60), "refresh": (refresh, 45), "curves": (curves, 300)}  # fmt: skip
+
+
+def work(args: argparse.Namespace) -> None:
+    """One part, in this process."""
+    if args.device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    report = Report(args)
+    report.compile = not args.quick and train.why_not_compile(args.device) is None
+    report.part(args.part, status="running")
+    try:
+        PARTS[args.part][0](report)
+        report.part(args.part, status="done", seconds=round(time.monotonic() - args.start))
+    except Exception as error:  # whatever it is: the next part may work
+        where = error.__traceback__
+        while where.tb_next:
+            where = where.tb_next
+        place = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}"
+        report.part(args.part, status="failed", seconds=round(time.monotonic() - args.start), error=f"{type(error).__name__} in {place}: {error}"[:3000])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no part starts for which too little of this is left")
-    parser.add_argument("--cap", type=float, default=24.0, help="GiB that may be taken, as if the card had no more")
+    default = [name for name in PARTS if name != "curves"]
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=default, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=8.8, help="all must have ended by then")
+    parser.add_argument("--cap", type=float, default=23.64, help="GiB left free for this: what a 24 GB card shows")
+    parser.add_argument("--text", help="folder of text for the part readme")
+    parser.add_argument("--articles", help="file or folder of text for the part curves")
     parser.add_argument("--quick", action="store_true", help="sizes of a toy, on a CPU too: figures that mean nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu with --quick only")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.json", help="where the figures go (--quick: gpu-quick.json)")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "gpu.json", help="where the figures go (--quick: gpu-quick.json)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a process of its own runs
     args = parser.parse_args()
-    on_gpu = args.device == "cuda" and torch.cuda.is_available()
-    if not on_gpu and not (args.quick and args.device == "cpu"):
+    args.start = time.monotonic()
+    if args.device == "cuda" and not torch.cuda.is_available() or args.device == "cpu" and not args.quick:
         parser.error("this measures a GPU, and torch sees none here: run it where there is one, or see with --quick --device cpu whether it runs at all.")
-    args.out = args.out.with_name(args.out.stem + "-quick.json") if args.quick else args.out
+    args.out = args.out.with_name(args.out.stem + "-quick.json") if args.quick and not args.out.stem.endswith("-quick") else args.out
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        return work(args)
 
-    conditions = {"command": " ".join(["python experiments/gpu.py", *sys.argv[1:]]), "torch": torch.__version__, "cuda": torch.version.cuda,
-                  "commit": getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty"), "allocator": os.environ["PYTORCH_ALLOC_CONF"],
-                  "peers": {d.name: d.version for d in distributions() if d.name in ("galore-torch", "bitsandbytes", "triton")}}  # fmt: skip
-    if on_gpu:
-        card = torch.cuda.get_device_properties()
-        cap = min(1.0, args.cap * 2**30 / card.total_memory)
-        torch.cuda.set_per_process_memory_fraction(cap)
-        conditions |= {"gpu": card.name, "capability": f"{card.major}.{card.minor}", "memory GiB": card.total_memory / 2**30,
-                       "cap GiB": cap * card.total_memory / 2**30, "driver": getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader"),
-                       "GiB taken before anything is built": (card.total_memory - torch.cuda.mem_get_info()[0]) / 2**30}  # fmt: skip
-    report = Report(args, conditions)
-    report.peak = max(matrix_peak(n // report.shrink, args.device) for n in (4096, 8192))
-    conditions |= {"bf16 peak, TFLOP/s": report.peak / 1e12, "compiled": report.compile}
-    report.write("", **conditions)
-    for name, (run, given, need) in ((name, PARTS[name]) for name in PARTS if name in args.parts):
-        start = time.monotonic()
-        if report.left() < need:
-            report.part(name, status="skipped", why=f"{report.left():.0f} s of {args.minutes:g} minutes are left, and it takes {need} s or more")
+    report, ballast = Report(args), None
+    report.all["conditions"].setdefault("commands", []).append(" ".join(["python experiments/gpu.py", *sys.argv[1:]]))
+    if args.device == "cuda":
+        ballast = subprocess.Popen([sys.executable, "-c", BALLAST, str(args.cap)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        report.all["conditions"]["cap"] = f"{args.cap} GiB left free by a process that holds the rest ({ballast.stdout.readline().strip()} bytes)"
+    report.write("")
+    for name in (name for name in PARTS if name in args.parts):
+        left = 60 * args.minutes - (time.monotonic() - args.start)
+        if report.all["parts"].get(name, {}).get("status") == "done":
             continue
-        report.part(name, status="running")
+        report.all["parts"].pop(name, None)  # what an earlier try left
+        report.write("")
+        if left < 15:
+            report.part(name, status="no time was left")
+            continue
         try:
-            clean(report.live)
-            run(report, **given)
-            report.part(name, status="done", seconds=round(time.monotonic() - start))
-        except Exception as error:  # whatever it is: the next part may work
-            report.part(name, status="failed", seconds=round(time.monotonic() - start), error=f"{type(error).__name__}: {error}"[:2000])
-    failed = [name for name, part in report.all["parts"].items() if part["status"] != "done"]
-    report.write(f"\nwritten to {args.out}; parts skipped or failed: {', '.join(failed) or 'none'}; bars not met: "
-                 f"{', '.join(bar['name'] for bar in report.all['bars'] if bar['met'] is False) or 'none'}")  # fmt: skip
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", name], timeout=min(left, PARTS[name][1]))
+        except subprocess.TimeoutExpired:
+            report = Report(args)
+            report.part(name, status=f"stopped after {min(left, PARTS[name][1]):.0f} s; what it had measured is here")
+        report = Report(args)
+        if report.all["parts"].get(name, {}).get("status") in (None, "running"):
+            report.part(name, status="failed", error="its process ended without a word")
+    if ballast:
+        ballast.communicate("")
+    parts = report.all["parts"]
+    report.write(f"\nwritten to {args.out}; not done: {', '.join(n for n, p in parts.items() if p['status'] != 'done') or 'none'}; bars not met: "
+                 f"{', '.join(b['name'] for p in parts.values() for b in p['bars'] if b['met'] is False) or 'none'}")  # fmt: skip
 
 
 if __name__ == "__main__":
