@@ -459,3 +459,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
         module.__class__, module.checkpointed = ThinModule, checkpointed
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(opt.hook())
+    # The backward pass has a thread of its own, and cuSOLVER a handle for each thread, in memory that PyTorch does not manage: made in
+    # the first refreshing step it found none left (7B on 23.64 GiB). So it is made now.
+    leaf = torch.eye(2, device=next(iter(opt.group)).device, requires_grad=True)
+    leaf.register_hook(orthonormal)
+    leaf.square().sum().backward()

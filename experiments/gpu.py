@@ -115,7 +115,7 @@ def memory(forget: bool = False) -> dict:
         return {"allocated GB": None, "reserved GB": None, "retries": None}
     stats = torch.cuda.memory_stats()
     peak = {"allocated GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9,
-            "retries": stats["num_alloc_retries"]}  # fmt: skip
+            "retries": stats["num_alloc_retries"], "left on the device GB": torch.cuda.mem_get_info()[0] / 1e9}  # fmt: skip
     if forget:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -245,6 +245,7 @@ def worst_memory(report, case, what: str, limit: float | None, micro: int = 1) -
 
 def seven(report) -> None:
     case = build(report, "7b", 1024, 16, 512, "--activation_checkpointing")
+    report.row("7B, built", **memory())
     report.row("7B, first step, which compiles", seconds=seconds(lambda: step(case)), **memory())
     report.bar("7B, share of the sustained bf16 peak", speed(report, case, "7B, r = 1024", 15.0)["share of the peak"], ">=", 0.5)
     for what, clip in ("7B, 131,072 tokens", None), ("7B, 131,072 tokens, clipping", 1.0):
