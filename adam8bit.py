@@ -117,9 +117,9 @@ def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, in_8_bits: bool
     return {name: torch.zeros(shape, dtype=torch.uint8, device=device), name + "_scale": torch.zeros(-(-n // BLOCK), device=device)}
 
 
-def load(state: dict[str, Tensor], name: str) -> Tensor:
-    """State `name` in fp32, or as it is if it is not in codes."""
-    return dequantise(state[name], state.get(name + "_scale"), signed=name != "V")
+def load(state: dict[str, Tensor], name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """State `name` in `dtype`; if that is None in fp32, or as it is if it is not in codes."""
+    return dequantise(state[name], state.get(name + "_scale"), signed=name != "V").to(dtype)
 
 
 def narrow(state: dict[str, Tensor], name: str, x: Tensor) -> dict[str, Tensor]:
@@ -129,14 +129,16 @@ def narrow(state: dict[str, Tensor], name: str, x: Tensor) -> dict[str, Tensor]:
     return dict(zip((name, name + "_scale"), quantise(x, name != "V")))
 
 
-def split(x: Tensor) -> tuple[Tensor, ...]:
-    """x in pieces of SLICE values, as (blocks, 256) where that goes up: then Adam compiles to one kernel. Views, if x is contiguous."""
-    return x.reshape(-1).split(SLICE) if x.numel() % BLOCK else x.reshape(-1, BLOCK).split(SLICE // BLOCK)
+def split(x: Tensor, whole: bool = False) -> tuple[Tensor, ...]:
+    """x in pieces of SLICE values or `whole`, as (blocks, 256) where that goes up: then Adam compiles to one kernel. Views, if x is contiguous."""
+    size, x = x.numel() if whole else SLICE, x.reshape(-1) if x.numel() % BLOCK else x.reshape(-1, BLOCK)
+    return x.split(max(1, size // x[:1].numel()))
 
 
-def pieces(state: dict[str, Tensor], names: str) -> list[dict[str, Tensor]]:
+def pieces(state: dict[str, Tensor], names: str, whole: bool = False) -> list[dict[str, Tensor]]:
     """What is named (as "MV") in pieces, views that can be updated one at a time."""
-    views = {key: x.split(SLICE // BLOCK) if key.endswith("scale") else split(x) for key, x in state.items() if key[0] in names}
+    views = {key: x.split(len(x) if whole else SLICE // BLOCK) if key.endswith("scale") else split(x, whole)
+             for key, x in state.items() if key[0] in names}  # fmt: skip
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
@@ -147,57 +149,52 @@ def keep(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
             part[key].copy_(torch.where(ok, new, part[key]))
 
 
-def adam(G, state, beta1, beta2, eps, bias1, bias2, shrink, ok):
-    """One step of Adam's moments: a pure function, so that it can be compiled to a single pass over memory.
+# ----- the update: functions on tensors, in place, each of which compiles to a single pass over memory -----------------
+# What changes from step to step comes as a 0-dim tensor: a Python number would be compiled in.
+
+
+def adam_(G, state, betas, eps, bias1, bias2, shrink, ok, dtype=torch.float32) -> Tensor:
+    """One step of Adam (arXiv 1412.6980, algorithm 1): replaces the moments in `state`, returns the direction.
 
     Args:
         G: gradient, any shape and dtype, to be multiplied by `shrink`; state: holds its moments.
-        bias1, bias2: 1 - beta^t as 0-dim tensors (a number that changes every step would be compiled in).
-        ok: 0-dim bool; where it is False the moments stay and the direction is zero.
+        bias1, bias2: 1 - beta^t; ok: bool, where it is False the moments stay and the direction is zero.
 
     Returns:
-        N = M_hat / (sqrt(V_hat) + eps), fp32 (Adam, arXiv 1412.6980, algorithm 1), and the new moments.
+        N = M_hat / (sqrt(V_hat) + eps), computed in fp32, in `dtype`.
     """
     G = G.float() * shrink
-    M = torch.lerp(load(state, "M"), G, 1 - beta1)
-    V = load(state, "V") * beta2 + G * G * (1 - beta2)
+    M = torch.lerp(load(state, "M"), G, 1 - betas[0])
+    V = load(state, "V") * betas[1] + G * G * (1 - betas[1])
     N = M / bias1 / ((V / bias2).sqrt() + eps)
-    new = narrow(state, "M", M) | narrow(state, "V", V)
-    return torch.where(ok, N, 0.0), {name: torch.where(ok, x, state[name]) for name, x in new.items()}
+    for name, x in (narrow(state, "M", M) | narrow(state, "V", V)).items():
+        state[name].copy_(torch.where(ok, x, state[name]))
+    return torch.where(ok, N, 0.0).to(dtype)
 
 
-def adam_(G, state, betas, eps, t, shrink, ok, compile=False) -> Tensor:
-    """`adam` at step t = 1, 2, ... with the moments in `state` replaced in place; returns N, the direction."""
-    bias = [torch.tensor(1 - beta**t) for beta in betas]
-    N, moments = (compiled(adam) if compile else adam)(G, state, *betas, eps, *bias, shrink, ok)
-    for name, x in moments.items():
-        state[name].copy_(x)
-    return N
+def random_bits(w: Tensor, seed: Tensor) -> Tensor:
+    """16 random bits for each element of w, int32: a hash (murmur3's last steps) of its index and `seed`, the same on any device."""
+    x = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape) * -1640531535 ^ seed
+    for shift, factor in (16, -2048144789), (13, -1028477387):
+        x = (x ^ (x >> shift & (1 << 32 - shift) - 1)) * factor
+    return x >> 16 & 0xFFFF
 
 
-# ----- weights ------------------------------------------------------------------------------------------------------
-
-
-def moved(w, N, lr, stay, noise):
-    """stay * w - lr * N in w's dtype; with noise, int32 of 16 random bits, an fp32 value is rounded to bf16 up or down by chance."""
-    new = w.float() * stay - N.float() * lr
-    if noise is not None:
-        new = ((new.view(torch.int32) + noise) & (-1 << 16)).view(torch.float32)  # bf16 is fp32's upper half
-    return new.to(w.dtype)
-
-
-def move_(w: Tensor, N: Tensor, lr: float, stay: Tensor, random: torch.Generator | None, compile: bool = False) -> None:
-    """w <- stay * w - lr * N. With `random`, bf16 is rounded up or down by chance: updates below its precision survive on average
+def move_(w: Tensor, N: Tensor, lr: Tensor, stay: Tensor, seed: Tensor | None) -> None:
+    """w <- stay * w - lr * N. With `seed`, bf16 is rounded up or down by chance: updates below its precision survive on average
     (stochastic rounding, as in Q-GaLore 2407.08296 and torchao's bf16_stochastic_round)."""
-    if w.dtype == torch.float32:
-        w.mul_(stay).add_(N, alpha=-lr)
-    else:
-        by_chance = w.dtype == torch.bfloat16 and random is not None
-        noise = torch.randint(1 << 16, w.shape, dtype=torch.int32, device=w.device, generator=random) if by_chance else None
-        w.copy_((compiled(moved) if compile else moved)(w, N, torch.tensor(lr), stay, noise))
+    new = w.float() * stay - N.float() * lr
+    if seed is not None and w.dtype == torch.bfloat16:
+        new = ((new.view(torch.int32) + random_bits(w, seed)) & (-1 << 16)).view(torch.float32)  # bf16 is fp32's upper half
+    w.copy_(new)
+
+
+def adam_move_(w, G, state, betas, eps, bias1, bias2, shrink, ok, lr, stay, seed) -> None:
+    """Both at once, for a weight without a basis: its direction is never written to memory."""
+    move_(w, adam_(G, state, betas, eps, bias1, bias2, shrink, ok), lr, stay, seed)
 
 
 @cache
 def compiled(function):
-    """A pure function as one pass over memory (nothing is compiled before its first call)."""
+    """`function`, compiled for any shape (nothing is compiled before its first call)."""
     return torch.compile(function, fullgraph=True, dynamic=True)

@@ -47,7 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import SLICE, adam_, dequantise, keep, load, move_, narrow, pieces, split, zeros
+from adam8bit import SLICE, adam_, adam_move_, compiled, dequantise, keep, load, move_, narrow, pieces, split, zeros
 
 
 # ----- the subspace -------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         check(not (exact and muon), "exact=True is the paper to the letter, which has no Muon: leave one of them out.")
         self.state_bits, self.max_norm, self.exact, self.compile, self.seed, self.muon = state_bits, max_norm, exact, compile, seed, muon
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
-        self.norm = self.bad = self.skipped = torch.zeros(())  # norm of the last step's R; is this step bad; steps that were
+        self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; steps in which it was not finite
         self.norms = []  # of each R of the step under way
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
                                       update_proj_gap=200, offset=0, turns=2, proj_type="std", t=0))  # fmt: skip
@@ -289,32 +289,37 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor = torch.ones(())) -> None:
         """Adam on R, then the weight, then the basis; nothing changes if R is not finite (or `ok`, if given, is False).
 
-        All in slices, a weight in at least two, so that nothing of its size is ever made: no fp32 copy, and not P N either.
+        Compiled, each is one kernel, and takes what it makes for half of a weight (P N in its dtype). Otherwise all goes in slices,
+        so that nothing of a weight's size is ever made.
         """
-        state, group = self.state[p], self.group[p]
-        lr, t = group["lr"], group["t"] + 1
+        state, group, whole = self.state[p], self.group[p], self.compile
+        run = compiled if whole else lambda function: function
+        lr, t = torch.tensor(group["lr"]), group["t"] + 1
         if "P" in state:
             R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
         ok = self.norms[-1].isfinite() if ok is None else ok  # V, its squares, too
-        self.bad = self.bad + ~ok
-
-        if "V" not in state:
-            N = [muon(R, state, group["betas"][0], shrink, ok, p.dtype)]
-        else:
-            N = (adam_(g, moments, group["betas"], group["eps"], t, shrink, ok, self.compile)
-                 for g, moments in zip(split(R), pieces(state, "MV")))  # fmt: skip
-        if "P" in state:
-            P = load(state, "P").to(p.dtype)
-            N = torch.cat([part.to(p.dtype) for part in N]).view(R.shape).mul_(group["scale"])
-            A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
-            size = min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
-            slices = ((w, a @ B) for w, a in zip(p.split(size), A.split(size)))
-        else:
-            slices = zip(split(p.view(-1)), N)
         stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else torch.ones(())
-        random = None if self.exact else self.random(p, t)
-        for w, N in slices:
-            move_(w, N, lr, stay, random, self.compile)
+        how = group["betas"], group["eps"], *(torch.tensor(1 - beta**t) for beta in group["betas"]), shrink, ok
+
+        def seed(piece: int) -> Tensor | None:
+            """Of the rounding: depends on seed, parameter and step alone."""
+            return None if self.exact else torch.tensor(hash((self.seed, self.index[p], t, piece)) % 2**31, dtype=torch.int32)
+
+        if "P" not in state:
+            for i, (w, part, moments) in enumerate(zip(split(p.view(-1), whole), split(R, whole), pieces(state, "MV", whole))):
+                run(adam_move_)(w, part, moments, *how, lr, stay, seed(i))
+            return
+        if "V" in state:
+            parts = zip(split(R, whole), pieces(state, "MV", whole))
+            parts = [run(adam_)(part, moments, *how, p.dtype) for part, moments in parts]
+            N = (torch.cat(parts) if len(parts) > 1 else parts[0]).view(R.shape)
+        else:
+            N = muon(R, state, group["betas"][0], shrink, ok, p.dtype)
+        P = run(load)(state, "P", p.dtype)
+        A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
+        size = -(-len(p) // 2) if whole else min(-(-len(p) // 2), -(-SLICE // p.shape[1]))
+        for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):
+            run(move_)(w, a @ B, lr * group["scale"], stay, seed(i))
 
         if self.due(p) and not self.exact:
             self.refresh(state, Y, ok)
@@ -339,7 +344,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.norms.clear()
         for group in self.param_groups:
             group["t"] += 1
-        self.skipped, self.bad = self.skipped + (self.bad > 0), torch.zeros(())
+        self.skipped = self.skipped + ~self.norm.isfinite()
         if self.accumulate:
             self.zero_grad()
             self.arm()

@@ -6,7 +6,7 @@ What does it take on a GPU, and how fast is it there? Every claim of this reposi
     python experiments/gpu.py --text TEXT --parts curves --minutes 4     60M with five optimisers, the same tokens
     python experiments/gpu.py --quick --device cpu    sizes of a toy: do all paths run? Its figures mean nothing
 
-TEXT is a folder of json lines with a train and a validation file, as data.py reads it (for readme; 800,000 tokens or more); --articles, likewise, is for curves.
+TEXT is a folder of json lines with a train and a validation file, as data.py reads it (for readme; 600,000 tokens or more); --articles, likewise, is for curves.
 
 Parts, most valuable first; each runs in a process of its own, with a time limit. A part that the file already has is not run again.
     preflight  versions, clocks, copies a second, the matrix peak: a burst, and what is left of it after three seconds
@@ -15,7 +15,7 @@ Parts, most valuable first; each runs in a process of its own, with a time limit
                resuming, compiled = eager, no wait for the host
     7b_256     256 tokens a step, the paper's record of memory: ours, and galore-torch's GaLoreAdamW8bit
     1b         131,072 tokens a step: ours, torch.optim.AdamW(fused=True), bitsandbytes' Adam8bit, APOLLO
-    readme     the README's own command at 7B, six steps on TEXT
+    readme     the README's own command at 7B, four steps on TEXT
     60m        tokens/s of the 60M model, compiled and eager
     refresh    all 224 bases of the 7B model, against torch.linalg.svd
     curves     60M on --articles, the same tokens: GaLore, Muon's direction, AdamW, torch's Muon, galore-torch (not among the default parts)
@@ -313,6 +313,10 @@ def correct(report) -> None:
     for signed, y in (True, x), (False, x.square()):
         wrong += sum((a != b.cpu()).sum().item() for a, b in zip(adam8bit.quantise(y, signed), adam8bit.quantise(y.to(device), signed)))
     report.bar("codes and scales that differ from the CPU's", wrong, "<=", 0)
+    w, seed = torch.empty(4096 // report.shrink, 4096 // report.shrink), torch.tensor(20261, dtype=torch.int32)
+    for bits in (adam8bit.random_bits, *([adam8bit.compiled(adam8bit.random_bits)] if report.compile else [])):
+        wrong = (bits(w.to(device), seed).cpu() != adam8bit.random_bits(w, seed)).sum().item()
+        report.bar("random bits of the rounding that differ from the CPU's", wrong, "<=", 0)
     as_on_a_cpu(report)
     resumed(report)
     losses_compiled(report)
@@ -388,6 +392,8 @@ def at_256_tokens(report) -> None:
     case = build(report, "7b", 1024, 1, 1)
     least = worst_memory(report, case, what, 20.5)
     rate = speed(report, case, what)["tokens/s"]
+    if report.args.alone:
+        return
     clean(report.live)
     case = build(report, "7b", 1024, 1, 1, prepare=galore_torch)
     with torch.compiler.set_stance(STANCE["eager"]):
@@ -444,7 +450,8 @@ def one(report) -> None:
     case = build(report, "1b", 512, 16, 512)
     ours = speed(report, case, "1B, GaLore r = 512, 8 bits", 8.0)["tokens/s"]
     report.row("memory of that", **memory())
-    for name, prepare in ("torch.optim.AdamW(fused=True)", fused), ("bitsandbytes' Adam8bit", adam8bit_of_bitsandbytes), ("APOLLO, r = 256", apollo):
+    peers = {"torch.optim.AdamW(fused=True)": fused, "bitsandbytes' Adam8bit": adam8bit_of_bitsandbytes, "APOLLO, r = 256": apollo}
+    for name, prepare in () if report.args.alone else peers.items():
         clean(report.live)
         try:
             theirs = speed(report, build(report, "1b", None, 16, 512, prepare=prepare), f"1B, {name}", 6.0)["tokens/s"]
@@ -462,20 +469,26 @@ def readme(report) -> None:
         return report.row("not run: --text names no text")
     roomy = best.is_dir() and disk_usage(best).free > 45e9  # two checkpoints; a RAM disk is faster
     folder = Path(tempfile.mkdtemp(dir=best if roomy else None))
-    flags = f"--data {args.text} --data_dir {folder} --out_dir {folder}/run --steps 6 --warmup_steps 2 --eval_tokens 65536 --eval_every 6 --save_every 6"
+    flags = f"--data {args.text} --data_dir {folder} --out_dir {folder}/run --steps 4 --warmup_steps 2 --eval_tokens 16384 --eval_every 4 --save_every 4"
     command = f"train.py --size 7b --galore --rank 1024 {flags}".split()
     if args.quick:
         command += "--size toy --rank 64 --total_batch_size 8 --seq_len 64 --tokenizer bytes --device cpu --eval_tokens 512".split()
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
+    start, said, code = time.monotonic(), args.out.with_name("readme.log"), None
+    with open(said, "w") as file:
+        try:
+            within = min(PARTS["readme"][1], 60 * args.minutes) - 12
+            code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, timeout=within).returncode
+        except subprocess.TimeoutExpired:
+            report.row("stopped", seconds=within)
     whole, log = time.monotonic() - start, folder / "run" / "log.jsonl"
-    report.row("the end of what it printed", text=done.stdout[-2500:], errors=done.stderr[-1500:])
+    report.row("the end of what it printed", text=said.read_text()[-4000:])
+    said.unlink()
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb", "seconds")} for line in lines if "tokens_per_s" in line]
     report.row("steps", steps=steps, validation=[line for line in lines if "val_loss" in line])
-    report.row("whole command", seconds=whole, **{"exit code": done.returncode, "RAM disk": roomy, "command": " ".join(command),
+    report.row("whole command", seconds=whole, **{"exit code": code, "RAM disk": roomy, "command": " ".join(command),
                "checkpoint GB": sum(f.stat().st_size for f in (folder / "run").glob("*.pt")) / 1e9})  # fmt: skip
-    report.bar("README's command, exit code", done.returncode, "<=", 0)
+    report.bar("README's command, exit code", code, "<=", 0)
     report.bar("README's command, last loss over first", steps[-1]["loss"] / steps[0]["loss"] if steps else None, "<", 1.0)
     rmtree(folder, ignore_errors=True)
 
@@ -587,6 +600,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=23.64, help="GiB left free for this: what a 24 GB card shows")
     parser.add_argument("--text", help="folder of text for the part readme")
     parser.add_argument("--articles", help="file or folder of text for the part curves")
+    parser.add_argument("--alone", action="store_true", help="leave the peers of 7b_256 and 1b out")
     parser.add_argument("--quick", action="store_true", help="sizes of a toy, on a CPU too: figures that mean nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu with --quick only")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "gpu.json", help="where the figures go (--quick: gpu-quick.json)")
