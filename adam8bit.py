@@ -174,8 +174,8 @@ def adam_(G, state, betas, eps, bias1, bias2, shrink, ok, dtype=torch.float32) -
 
 def random_bits(w: Tensor, seed: Tensor) -> Tensor:
     """16 random bits for each element of w, int32: a hash (murmur3's last steps) of its index and `seed`, the same on any device."""
-    x = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape) * -1640531535 ^ seed
-    for shift, factor in (16, -2048144789), (13, -1028477387):
+    x = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape) ^ seed  # first: the compiler would multiply
+    for shift, factor in (16, -1640531535), (16, -2048144789), (13, -1028477387):  # an index with numbers beyond int32
         x = (x ^ (x >> shift & (1 << 32 - shift) - 1)) * factor
     return x >> 16 & 0xFFFF
 
