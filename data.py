@@ -156,25 +156,26 @@ def python_files(split: str) -> list[Path]:
 
 
 def documents(file: Path):
-    """Yields (text, whether the document ends here). ValueError with line or byte at anything that is not as it should be."""
-    at, is_json = 0, file.name.endswith(JSON_LINES)
+    """Yields (text, whether the document ends here). Skips blank lines among json lines. ValueError with the
+    line or byte of anything else that is not as it should be."""
+    at, is_json = 0, file.name.lower().endswith(JSON_LINES)
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as f:
             if is_json:
                 for at, line in enumerate(f, 1):
-                    yield json.loads(line)["text"].encode(errors="replace").decode(), True  # half a surrogate pair becomes "?"
+                    if not line.isspace():  # half a surrogate pair becomes "?"
+                        yield json.loads(line)["text"].encode(errors="replace").decode(), True
             else:
                 while piece := f.read(1 << 16) + f.readline():  # cut at line ends only
-                    yield piece.decode(), False
+                    yield piece.decode().removeprefix("\ufeff" * (at == 0)), False  # no byte order mark
                     at += len(piece)
                 yield "", True
-    except BAD_GZIP as error:
-        raise ValueError(f"{file}, after line {at}: damaged gzip ({error})") from None
-    except ValueError as error:
-        place = f"line {at}: not json" if is_json else f"byte {at + error.start}: not UTF-8 text"
-        raise ValueError(f"{file}, {place} ({error})") from None
-    except (LookupError, TypeError, AttributeError):
-        raise ValueError(f'{file}, line {at}: no "text" in it') from None
+    except (OSError, *BAD_GZIP) as why:
+        raise ValueError(f"{file} cannot be read after {'line' if is_json else 'byte'} {at}: {why}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        place = (f'line {at}: not json with a string "text" (jq -c ".[]" makes such lines of an array)'
+                 if is_json else f"byte {at + error.start}: not UTF-8 text")
+        raise ValueError(f"{file}, {place}" + f": {error}" * isinstance(error, ValueError)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def prepare_beside(shard: Shard, tokenizer_name: str, folder: Path):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
         prepare(shard, get_tokenizer(tokenizer_name), folder, background=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         tell(f"{shard.name} could not be made ready ahead ({error}); it is tried again when training comes to it", always=True)
 
 
@@ -450,7 +451,7 @@ def main():
             for shard in shards[:count]:
                 path = prepare(shard, tokenizer, folder)
                 print(f"{path}: {path.stat().st_size // tokenizer.dtype.itemsize:,} tokens")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
