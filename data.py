@@ -356,11 +356,14 @@ class Stream:
         self.tokenizer, self.split, self.seq_len, self.keep_shards, self.index = tokenizer, split, seq_len, keep_shards, None
         if state:
             return self.load_state_dict(state)
-        length = 0
+        length = text = 0  # text: bytes of the first sequence's targets. bits a byte divides by them
         for i in range(len(self.shards)):
             self._open(i)
+            text += tokenizer.n_bytes[self.tokens[int(not length):seq_len + 1 - length]].sum()
             length += len(self.tokens)
             if length > seq_len:
+                if not text:
+                    raise ValueError(f"the {split} data of {data} begins with empty documents: take them out")
                 return self.reset()
         part = " (1%, held out as there is no validation file)" if self.held and split == "val" else ""
         raise ValueError(f"the {split} data of {data} has {length} tokens{part}, too few for one sequence of {seq_len} and its last target")

@@ -1552,6 +1552,27 @@ def test_a_folder_without_training_text(tmp_path, files):
         assert data.find_shards(str(file), "train", None, "{}")[0][0].files == [file]
 
 
+def test_validation_without_text(tmp_path, alone):
+    """Bits a byte divides by the bytes of the targets. So validation whose first sequence has none is refused
+    when it is opened, in a file or held out. So are training text without any, and too short a file."""
+    empty = b'{"text": ""}\n'
+    for train, val, split, sentence in [
+        (GOOD * 99, empty * 300, "val", "the val data of .* begins with empty documents"),
+        (GOOD * 999 + empty * 99, b"", "val", "the val data of .* begins with empty documents"),
+        (empty * 300, GOOD * 99, "train", "the train data of .* begins with empty documents"),
+        (GOOD * 99, GOOD * 2, "val", "the val data of .* has 12 tokens, too few for one sequence of 16"),
+        (GOOD * 99, b"\n" * 9, "val", "val.jsonl is empty"),
+        (GOOD * 99, empty * 15 + GOOD, "val", None),  # the last two of the first targets are text
+    ]:
+        for name, content in (("train.jsonl", train), ("val.jsonl", val)):
+            (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                data.open_data(str(tmp_path), BYTES, split, 16)
+    _, y = data.open_data(str(tmp_path), BYTES, "val", 16).batch(1)
+    assert flat(y) == [256] * 14 + [*b"he"]
+
+
 # ---- files
 
 def test_stale_token_file_is_remade(tmp_path, alone):
