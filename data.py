@@ -279,7 +279,8 @@ def token_files(shard: Shard, tokenizer: Tokenizer, folder: Path) -> list[Path]:
 
 
 def prepare(shard: Shard, tokenizer: Tokenizer, folder: Path, background: bool = False) -> Path:
-    """The token file of `shard`, downloaded and tokenised if need be. ValueError says what is wrong."""
+    """The token file of `shard`, downloaded and tokenised if need be. ValueError says what is wrong,
+    OSError what source is gone."""
     there = token_files(shard, tokenizer, folder)
     if shard.url and not shard.files[0].exists():
         if there:
