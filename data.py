@@ -5,6 +5,10 @@
     python data.py --data c4 --shards 4                   # fetch and tokenise C4's first four shards ahead of time
     python data.py --data my.jsonl --tokenizer bytes      # the same for your own text; prints tokens/s, in all and per core
 
+A folder is read without its subfolders. Files named val, valid, validation, dev or eval are validation. If
+any are named train, only they are training text, else all others are. Hidden files, test sets, licences and
+readmes are not read. One line names what is read and what is not.
+
 A shard is tokenised once, into SHARD.TOKENIZER.STAMP.tokens: nothing but ids, uint16 where the vocabulary fits, else
 uint32. The stamp is taken from the source's name, size and time, so a changed source gets a new file and the old one
 goes. Every file is written as NAME.part, locked by the one process that fills it, and renamed when whole: a name without
@@ -48,7 +52,12 @@ from tqdm import tqdm
 
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/{}"
 THREADS = min(os.cpu_count() or 1, 8)
-JSON_LINES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+JSON_LINES, TEXT = (".json", ".jsonl", ".json.gz", ".jsonl.gz"), (".txt", ".txt.gz")
+# What a file in a folder is by its name. A word counts if it stands alone, not among letters or other words:
+# constraints.txt and "Girl on the Train.txt" are plain text. `rest`, and what is hidden, is not read.
+WORDS = re.compile(
+    r"(?i)(?<![a-z])(?<![a-z] )(?:(?P<train>train)|(?P<val>val|valid|validation|dev|eval|evaluation)|"
+    r"(?P<rest>test|readme|licen[cs]e|copying|copyright|notice|changelog|^\..*))(?:ing|set|data)?(?! ?[a-z])")
 BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 # becomes one token file: one file of json lines, or many of text; mix: long documents whose parts are to be shuffled
@@ -113,7 +122,8 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def find_shards(data: str, split: str, data_dir: str | None, data_url: str) -> tuple[list[Shard], Path, bool]:
     """Shards of "train" or "val" in reading order, the folder for token files, and whether validation is to be cut off
-    the end of the training shards because it has no file of its own."""
+    the end of the training shards because it has no file of its own. For "train" it tells which files are
+    read and which are not. ValueError says what is wrong."""
     folder = Path(data_dir or "data")
     if data == "c4":
         if "{}" not in data_url:
@@ -125,21 +135,38 @@ def find_shards(data: str, split: str, data_dir: str | None, data_url: str) -> t
         return [Shard(f"python-{split}", python_files(split), mix=True)], folder, False
 
     path = Path(data)
-    if not path.exists():
-        raise ValueError(f"data path {data} does not exist (other values of data: c4, python)")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() and file.name.endswith((*JSON_LINES, ".txt"))]
-    val = [file for file in files if path.is_dir() and re.search("(?<![a-z])val(idation)?(?![a-z])", file.name.lower())]
-    train = [file for file in files if file not in val]
-    train = [file for file in train if "train" in file.name.lower()] or train
+    try:
+        if not path.exists():
+            raise ValueError(f"data path {data} does not exist (other values of data: c4, python)")
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        text = [file for file in files if file.is_file() and file.name.lower().endswith(JSON_LINES + TEXT)]
+        # a file that is named by itself is read, whatever its name
+        tag = {file: {word.lastgroup for word in WORDS.finditer(file.name * path.is_dir())} for file in text}
+        val = [file for file in text if "val" in tag[file] and "rest" not in tag[file]]
+        train = [file for file in text if tag[file] == {"train"}] or [file for file in text if not tag[file]]
+        for file in train + val:
+            open(file, "rb").close()  # what cannot be read is told now, not when training comes to it
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not train:
-        raise ValueError(f"{data} holds no training text: {', '.join(JSON_LINES)} or .txt")
+        raise ValueError(f"{data} holds no training text {JSON_LINES + TEXT}; found: {named(files)}")
+    if split == "train":
+        tell(f"{data}: training on {named(train)}; validation on "
+             f"{named(val) if val else 'the last 1% of each shard, as there is no file for it'}; "
+             f"not read: {named({*files} - {*train, *val}, 20)}")
     chosen = val if split == "val" and val else train
-    shards = [Shard(file.name, [file]) for file in chosen if file.suffix != ".txt"]
-    if texts := [file for file in chosen if file.suffix == ".txt"]:  # of one document each
+    shards = [Shard(file.name, [file]) for file in chosen if not file.name.lower().endswith(TEXT)]
+    if texts := [file for file in chosen if file.name.lower().endswith(TEXT)]:  # of one document each
         shards.append(Shard(f"{path.resolve().name}-{'val' if chosen is val else 'train'}", texts))
-    beside = data_dir is None and os.access(files[0].parent, os.W_OK)
-    return shards, files[0].parent if beside else folder, not val
+    beside = data_dir is None and os.access(train[0].parent, os.W_OK)
+    return shards, train[0].parent if beside else folder, not val
+
+
+def named(files, most: int = 6) -> str:
+    """The names of `files` in order, of very many the first. Token files are not named: they are ours."""
+    names = [file.name + "/" * file.is_dir() for file in sorted(files)]
+    names = [name for name in names if not re.search(r"\.[0-9a-f]{12}\.tokens", name)]
+    return ", ".join(names[:most] + [f"and {len(names) - most:,} more"] * (len(names) > most)) or "nothing"
 
 
 def python_files(split: str) -> list[Path]:
@@ -156,25 +183,26 @@ def python_files(split: str) -> list[Path]:
 
 
 def documents(file: Path):
-    """Yields (text, whether the document ends here). ValueError with line or byte at anything that is not as it should be."""
-    at, is_json = 0, file.name.endswith(JSON_LINES)
+    """Yields (text, whether the document ends here). Skips blank lines among json lines. ValueError with the
+    line or byte of anything else that is not as it should be."""
+    at, is_json = 0, file.name.lower().endswith(JSON_LINES)
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as f:
             if is_json:
                 for at, line in enumerate(f, 1):
-                    yield json.loads(line)["text"].encode(errors="replace").decode(), True  # half a surrogate pair becomes "?"
+                    if not line.isspace():  # half a surrogate pair becomes "?"
+                        yield json.loads(line)["text"].encode(errors="replace").decode(), True
             else:
                 while piece := f.read(1 << 16) + f.readline():  # cut at line ends only
-                    yield piece.decode(), False
+                    yield piece.decode().removeprefix("\ufeff" * (at == 0)), False  # no byte order mark
                     at += len(piece)
                 yield "", True
-    except BAD_GZIP as error:
-        raise ValueError(f"{file}, after line {at}: damaged gzip ({error})") from None
-    except ValueError as error:
-        place = f"line {at}: not json" if is_json else f"byte {at + error.start}: not UTF-8 text"
-        raise ValueError(f"{file}, {place} ({error})") from None
-    except (LookupError, TypeError, AttributeError):
-        raise ValueError(f'{file}, line {at}: no "text" in it') from None
+    except (OSError, *BAD_GZIP) as why:
+        raise ValueError(f"{file} cannot be read after {'line' if is_json else 'byte'} {at}: {why}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        place = (f'line {at}: not json with a string "text" (jq -c ".[]" makes such lines of an array)'
+                 if is_json else f"byte {at + error.start}: not UTF-8 text")
+        raise ValueError(f"{file}, {place}" + f": {error}" * isinstance(error, ValueError)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +279,8 @@ def token_files(shard: Shard, tokenizer: Tokenizer, folder: Path) -> list[Path]:
 
 
 def prepare(shard: Shard, tokenizer: Tokenizer, folder: Path, background: bool = False) -> Path:
-    """The token file of `shard`, downloaded and tokenised if need be. ValueError says what is wrong."""
+    """The token file of `shard`, downloaded and tokenised if need be. ValueError says what is wrong,
+    OSError what source is gone."""
     there = token_files(shard, tokenizer, folder)
     if shard.url and not shard.files[0].exists():
         if there:
@@ -276,7 +305,7 @@ def prepare_beside(shard: Shard, tokenizer_name: str, folder: Path):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
         prepare(shard, get_tokenizer(tokenizer_name), folder, background=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         tell(f"{shard.name} could not be made ready ahead ({error}); it is tried again when training comes to it", always=True)
 
 
@@ -326,15 +355,16 @@ class Stream:
             raise ValueError(f"keep_shards is {keep_shards}: at least 2, the shard in use and the next one, or 0 to keep all")
         self.shards, self.folder, self.held = find_shards(data, split, data_dir, data_url)
         self.tokenizer, self.split, self.seq_len, self.keep_shards, self.index = tokenizer, split, seq_len, keep_shards, None
-        if self.held and split == "train":
-            tell(f"{data} has no validation file: the last 1% of each shard's tokens is held out for it")
         if state:
             return self.load_state_dict(state)
-        length = 0
+        length = text = 0  # text: bytes of the first sequence's targets. bits a byte divides by them
         for i in range(len(self.shards)):
             self._open(i)
+            text += tokenizer.n_bytes[self.tokens[int(not length):seq_len + 1 - length]].sum()
             length += len(self.tokens)
             if length > seq_len:
+                if not text:
+                    raise ValueError(f"the {split} data of {data} begins with empty documents: take them out")
                 return self.reset()
         part = " (1%, held out as there is no validation file)" if self.held and split == "val" else ""
         raise ValueError(f"the {split} data of {data} has {length} tokens{part}, too few for one sequence of {seq_len} and its last target")
@@ -443,14 +473,14 @@ def main():
     try:
         if args.shards < 1:
             raise ValueError(f"--shards is {args.shards}: at least 1")
-        find_shards(args.data, "train", args.data_dir, args.data_url)  # a wrong path is told before anything is fetched
+        # a wrong path is told before anything is fetched
+        found = [find_shards(args.data, split, args.data_dir, args.data_url) for split in ("train", "val")]
         tokenizer = get_tokenizer(args.tokenizer)
-        for split, count in [("train", args.shards), ("val", 1)]:
-            shards, folder, _ = find_shards(args.data, split, args.data_dir, args.data_url)
+        for (shards, folder, _), count in zip(found, (args.shards, 1)):
             for shard in shards[:count]:
                 path = prepare(shard, tokenizer, folder)
                 print(f"{path}: {path.stat().st_size // tokenizer.dtype.itemsize:,} tokens")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -1337,6 +1337,29 @@ def test_threads_do_not_change_the_tokens(tmp_path, monkeypatch, suffix):
     assert np.frombuffer(files[0], np.uint16).tolist() == want
 
 
+def test_the_form_of_a_file_does_not_change_its_tokens(tmp_path):
+    """Gzip, capitals in the name's ending, a byte order mark, and in json lines blank lines and Windows' line
+    ends give the tokens of the plain file. Within a text such a mark is text, and so is a carriage return."""
+    lines = gzip.decompress(json_gz(texts(30)))
+    text = ("\r\nå\ufeffb\n" * 20000).encode()  # longer than what is read at a time
+    forms = {
+        "plain.jsonl": lines,
+        "capitals.JSONL": lines,
+        "gzip.Json.GZ": gzip.compress(lines),
+        "windows.json": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"),
+        "blank.jsonl": b"\n" + lines.replace(b"\n", b"\n \t\n\r\n") + b"  ",
+        "plain.txt": text,
+        "capitals.TXT": text,
+        "gzip.Txt.gz": gzip.compress(text),
+        "mark.txt": b"\xef\xbb\xbf" + text,
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        (shard,), folder, _ = data.find_shards(str(tmp_path / name), "train", None, "{}")
+        want = expected([text.decode()] if "txt" in name.lower() else texts(30))
+        assert np.fromfile(data.prepare(shard, BYTES, folder), np.uint16).tolist() == want, name
+
+
 def test_two_tokenizers_do_not_mix(tmp_path, alone):
     """Token files of two tokenizers lie side by side, each read with its own type and values."""
     (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(texts(30))))
@@ -1483,15 +1506,105 @@ def test_python_source(tmp_path):
     assert stream.bytes_per_token > 0.99
 
 
-def test_which_files_are_validation(tmp_path):
-    """`val` and `validation` as words in a name make it validation, `train` training; retrieval and interval are neither."""
-    for name in ["train-1.jsonl", "val.jsonl", "my_validation.txt", "retrieval.jsonl", "notes.md"]:
-        (tmp_path / name).write_text("x")
-    def names(split):
-        return [file.name for shard in data.find_shards(str(tmp_path), split, None, "{}")[0] for file in shard.files]
-    assert names("train") == ["train-1.jsonl"] and names("val") == ["val.jsonl", "my_validation.txt"]
-    (tmp_path / "train-1.jsonl").unlink()
-    assert names("train") == ["retrieval.jsonl"]
+# what lies in a folder: training text, validation, and what is not read
+FOLDERS = {
+    "split": (
+        "TRAIN.JSONL|c4-train.00000-of-01024.json.gz|my-training-data.txt|train (1).jsonl|trainset.json",
+        "Eval.TXT.GZ|dev.json|my_validation.txt|train_val.jsonl|valid-00000.jsonl|x.val.2.txt",
+        "other.txt|test.txt",
+    ),
+    "words in words": (
+        "Trainspotting.txt|constraints.txt|contrast.txt|interval.jsonl|latest.jsonl|valley.txt",
+        "",
+        "",
+    ),
+    "words in titles": (
+        "License to Kill.txt|The Acid Test.txt|The Girl on the Train.txt|Val d'Isere.txt",
+        "",
+        "",
+    ),
+    "no text": (
+        "b.TXT|zürich.json|中.txt.gz",
+        "valset (2).jsonl",
+        "._train.txt|.hidden.jsonl|.val.txt|COPYING.txt|LICENSE.txt|README_en.TXT|a.jsonl.zst|"
+        "c.json.gz.part|dangling.txt|data.licence.txt|folder.jsonl/|loop.txt|noformat|readme.txt|"
+        "testset.jsonl|wiki.train.tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_what_is_read_of_a_folder(tmp_path, kind, capsys):
+    """A file's split is a word that stands alone in its name. One line names what is read and what is not."""
+    train, val, rest = FOLDERS[kind]
+    for name in filter(None, "|".join([*FOLDERS[kind], "b.TXT.bytes.0123456789ab.tokens"]).split("|")):
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        elif name in ("dangling.txt", "loop.txt"):
+            (tmp_path / name).symlink_to("loop.txt")
+        else:
+            (tmp_path / name).write_text("x")
+    for split, want in (("train", train), ("val", val or train)):
+        shards, _, held = data.find_shards(str(tmp_path), split, None, "{}")
+        names = sorted(file.name for shard in shards for file in shard.files)
+        assert "|".join(names) == want and held == (not val)
+    held = "the last 1% of each shard, as there is no file for it"
+    line = f"training on {train}; validation on {val or held}; not read: {rest or 'nothing'}"
+    assert capsys.readouterr().err == f"{tmp_path}: {line.replace('|', ', ')}\n"
+
+
+def test_very_many_files_are_counted(tmp_path, capsys):
+    """Of very many files the line has the first ones and how many more there are."""
+    for i in range(1000):
+        (tmp_path / f"{i:04d}.txt").touch(), (tmp_path / f"{i:04d}.csv").touch()
+    assert len(data.find_shards(str(tmp_path), "train", None, "{}")[0][0].files) == 1000
+    said = capsys.readouterr().err
+    assert "training on 0000.txt, 0001.txt, 0002.txt, 0003.txt, 0004.txt, 0005.txt, and 994 more; " in said
+    assert said.endswith("0019.csv, and 980 more\n")
+
+
+def test_a_name_loses_no_text(tmp_path, alone):
+    """Of three books, one of them called Trainspotting, every byte is read, in order."""
+    books = {name: f"{name} is a book.\n" * 300 for name in ("Dracula", "Emma", "Trainspotting")}
+    for name, text in books.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    train, val = (data.open_data(str(tmp_path), BYTES, split, 4) for split in ("train", "val"))
+    assert [*train.tokens, *val.tokens] == expected(books.values())
+
+
+NO_TEXT = ["LICENSE.txt, data.parquet", "test.jsonl, val.jsonl", "train/, val/", ".train.jsonl", "nothing"]
+
+
+@pytest.mark.parametrize("files", NO_TEXT)
+def test_a_folder_without_training_text(tmp_path, files):
+    """It is refused, and the sentence names what is there. A file that is given by its own name is read."""
+    for name in files.split(", ") * (files != "nothing"):
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=rf"holds no training text .*\.txt.*; found: {re.escape(files)}$"):
+        data.find_shards(str(tmp_path), "train", None, "{}")
+    for file in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.txt")]:
+        assert data.find_shards(str(file), "train", None, "{}")[0][0].files == [file]
+
+
+def test_validation_without_text(tmp_path, alone):
+    """Bits a byte divides by the bytes of the targets. So validation whose first sequence has none is refused
+    when it is opened, in a file or held out. So are training text without any, and too short a file."""
+    empty = b'{"text": ""}\n'
+    for train, val, split, sentence in [
+        (GOOD * 99, empty * 300, "val", "the val data of .* begins with empty documents"),
+        (GOOD * 999 + empty * 99, b"", "val", "the val data of .* begins with empty documents"),
+        (empty * 300, GOOD * 99, "train", "the train data of .* begins with empty documents"),
+        (GOOD * 99, GOOD * 2, "val", "the val data of .* has 12 tokens, too few for one sequence of 16"),
+        (GOOD * 99, b"\n" * 9, "val", "val.jsonl is empty"),
+        (GOOD * 99, empty * 15 + GOOD, "val", None),  # the last two of the first targets are text
+    ]:
+        for name, content in (("train.jsonl", train), ("val.jsonl", val)):
+            (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                data.open_data(str(tmp_path), BYTES, split, 16)
+    _, y = data.open_data(str(tmp_path), BYTES, "val", 16).batch(1)
+    assert flat(y) == [256] * 14 + [*b"he"]
 
 
 # ---- files
@@ -1738,8 +1851,9 @@ def test_trouble_of_the_next_shard_is_told_at_once(tmp_path, capfd):
     while "\n" not in said.partition("made ready ahead")[2] and time.time() < deadline:
         said += capfd.readouterr().err
         time.sleep(0.05)
-    (line,) = [line for line in said.splitlines() if "00001" in line]
-    assert "could not be made ready ahead" in line and "json.gz, after line" in line and "tried again when training comes to it" in line
+    (line,) = [line for line in said.splitlines() if "made ready ahead" in line]
+    assert "could not be made ready ahead" in line and "tried again when training comes to it" in line
+    assert "00001-of-01024.json.gz cannot be read after line" in line
     stream.batch(1)
 
 
@@ -1967,15 +2081,19 @@ BAD = {
     "empty_gz.json.gz": (gzip.compress(b""), "empty_gz.json.gz is empty"),
     "empty_folder": ({}, "holds no training text"),
     "other.csv": (b"a,b", "holds no training text"),
-    "no_gzip.json.gz": (GOOD, "no_gzip.json.gz, after line 0: damaged gzip"),
+    "no_gzip.json.gz": (GOOD, "no_gzip.json.gz cannot be read after line 0: Not a gzipped file"),
     "cut.json.gz": (gzip.compress(b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(900) for i in range(999)))[:-9000],
-                    r"cut.json.gz, after line \d\d\d: damaged gzip"),
-    "bad_crc.json.gz": (gzip.compress(GOOD)[:-6] + b"123456", "bad_crc.json.gz, after line 1: damaged gzip"),
+                    r"cut.json.gz cannot be read after line \d\d\d: Compressed file ended"),
+    "bad_crc.json.gz": (gzip.compress(GOOD)[:-6] + b"123456", "crc.json.gz cannot be read after line 1: CRC"),
     "no_json.jsonl": (GOOD * 2 + b"{oops\n" + GOOD, "no_json.jsonl, line 3: not json"),
     "cut_line.jsonl": (GOOD * 2 + b'{"text": "hel', "cut_line.jsonl, line 3: not json"),
-    "no_text.jsonl": (GOOD + b'{"txt": "hello"}\n', 'no_text.jsonl, line 2: no "text"'),
-    "number.jsonl": (GOOD + b'{"text": 5}\n', 'number.jsonl, line 2: no "text"'),
-    "list.jsonl": (GOOD + b'["text"]\n', 'list.jsonl, line 2: no "text"'),
+    "zeros.jsonl": (GOOD + b"\0\0\0\n", "zeros.jsonl, line 2: not json"),
+    "no_text.jsonl": (GOOD + b'{"txt": "hello"}\n', 'no_text.jsonl, line 2: not json with a string "text"'),
+    "number.jsonl": (GOOD + b'{"text": 5}\n', 'number.jsonl, line 2: not json with a string "text"'),
+    "null.jsonl": (GOOD + b'{"text": null}\n', 'null.jsonl, line 2: not json with a string "text"'),
+    "list.jsonl": (GOOD + b'["text"]\n', 'list.jsonl, line 2: not json with a string "text"'),
+    "array.json": (b'[{"text": "hello"}]', r'array.json, line 1: .* \(jq -c "\.\[\]" makes'),
+    "array_2.json": (b'[\n{"text": "hello"}\n]', r'array_2.json, line 1: .* \(jq -c "\.\[\]" makes'),
     "latin.txt": (b"abc\n" * 99999 + "å".encode("latin1") + b"\n", "latin.txt, byte 399996: not UTF-8"),
     "short.txt": (b"0123456789", "11 tokens, too few for one sequence of 64"),
     "second_is_bad": ({"a.jsonl": GOOD * 2, "b.jsonl": b"{"}, "b.jsonl, line 1: not json"),
@@ -2001,6 +2119,45 @@ def test_bad_input(tmp_path, alone, name):
     assert after == {f: b for f, b in before.items() if not f.name.startswith("short")}
 
 
+def test_a_source_that_cannot_be_read(tmp_path, alone, monkeypatch):
+    """What the system does not let be read is named, and no other --data_dir is asked for. A file or folder
+    without permission is told at the start, one that is gone or fails when its turn comes."""
+
+    def refused(sentence, stream):
+        with pytest.raises((ValueError, OSError), match=re.escape(str(sentence))) as error:
+            targets(stream(), 10000)
+        assert "--data_dir" not in str(error.value) and not list(tmp_path.rglob("*.part"))
+
+    def denied(file, *mode):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    def broken(file, *mode):
+        raise OSError(5, "Input/output error")
+
+    def whole():
+        return data.open_data(str(tmp_path / "d"), BYTES, "train", 16)
+
+    c4_like(tmp_path / "d")
+    last = tmp_path / "d" / "c4-train.00002-of-01024.json.gz"
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Path, "iterdir", denied)
+        refused(f"{tmp_path / 'd'} cannot be read: Permission denied", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open", lambda *file: (denied if file[0] == last else open)(*file), raising=False)
+        refused(f"{last} cannot be read: Permission denied", whole)
+    assert not list(tmp_path.rglob("*.tokens"))
+    stream = whole()
+    with monkeypatch.context() as patch:
+        patch.setattr(data.gzip, "open", broken)
+        refused("c4-train.00001-of-01024.json.gz cannot be read after line 0: [Errno 5]", lambda: stream)
+    last.unlink()
+    refused(last, lambda: stream)
+    (tmp_path / "c4-train.00000-of-01024.json.gz").mkdir()
+    c4 = dict(data_dir=str(tmp_path), data_url="http://127.0.0.1:9/{}")
+    refused("c4-train.00000-of-01024.json.gz cannot be read after line 0: [Errno 21]",
+            lambda: data.open_data("c4", BYTES, "train", 16, **c4))  # fmt: skip
+
+
 def test_disk_full_and_folder_not_writable(tmp_path, alone, monkeypatch):
     """No room on disk and a data folder that cannot be made each give one sentence, and leave what was there."""
     (tmp_path / "a.txt").write_text("hello " * 50)
@@ -2020,7 +2177,7 @@ def test_corrupt_local_shard_stops_when_it_is_needed(tmp_path, alone):
     bad = tmp_path / "c4-train.00001-of-01024.json.gz"
     bad.write_bytes(json_gz(texts(30, 1))[:-40])
     stream = data.open_data(str(tmp_path), BYTES, "train", 16)
-    with pytest.raises(ValueError, match=r"c4-train.00001-of-01024.json.gz, after line \d+: damaged gzip"):
+    with pytest.raises(ValueError, match=r"c4-train.00001-of-01024.json.gz cannot be read after line \d+"):
         targets(stream, 10000)
     assert stream.index == 0
 
@@ -2351,7 +2508,7 @@ def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, c
     options = [*[o for o in FEW if o not in ("--data", "python")], *"--tokenizer bytes --batch_size 1 --steps 16 --save_every 99".split()]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--data", "good", "--out_dir", "calm")[1] == 0
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data", "bad", "--out_dir", "run")
-    assert code == 2 and output.endswith('train.py: bad/c4-train.00001-of-01024.json.gz, line 10: no "text" in it\n')
+    assert code == 2 and "bad/c4-train.00001-of-01024.json.gz, line 10: not json" in output.splitlines()[-1]
     (done,) = re.findall(r"stopped after step (\d+); to go on from the checkpoint of step \1:", output)
     assert 3 < int(done) < 12
     shard.write_bytes(whole)
