@@ -97,7 +97,14 @@ def main() -> None:
                       for a, b in ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1))]  # fmt: skip
             table.append({"run": method, "mean over all matrices": quantity} | dict(zip(("first third", "second", "last"), (mean(x) if x else "" for x in thirds))))
     show(title(setting), table)
-    write(args, setting | dict(lr=args.lr, full_lr=args.full_lr), table=table, found=found)
+    few = {
+        method: {
+            quantity: {kind: points[:: max(1, len(points) // 5)] for kind, points in kinds.items()}
+            for quantity, kinds in quantities.items()
+        }
+        for method, quantities in found.items()
+    }  # the picture shows all points
+    write(args, setting | dict(lr=args.lr, full_lr=args.full_lr), table=table, found=few)
     if can_draw():
         picture(found, setting, args.figure)
 

@@ -335,6 +335,30 @@ def finite(x):
     return "diverged" if isinstance(x, float) and not abs(x) < float("inf") else x
 
 
+def pretty(x, indent: int = 0, before: int = 0, row: bool = False) -> str:
+    """json for readers, 110 columns wide. What fits stands on one line; else each part has a line of its own.
+
+    row: x stands in a list. A dict there is a row of a table, and fills its lines.
+    before: columns that the key of x takes.
+    """
+    line = json.dumps(x)
+    if indent + before + len(line) < 110 or not x or not isinstance(x, (dict, list)):
+        return line
+    begin, end, pad = line[0], line[-1], "\n" + " " * (indent + 1)
+    keys = [f"{json.dumps(key)}: " for key in x] if isinstance(x, dict) else [""] * len(x)
+    values = list(x.values()) if isinstance(x, dict) else x
+    in_list = isinstance(x, list)
+    parts = [key + pretty(value, indent + 1, len(key), in_list) for key, value in zip(keys, values)]
+    if not row or any(isinstance(value, (dict, list)) for value in values):
+        return begin + ",".join(pad + part for part in parts) + pad[:-1] + end
+    text, used = begin, indent
+    for part in parts:
+        if used + len(part) > 105:
+            text, used = text.rstrip() + pad, indent
+        text, used = text + part + ", ", used + len(part) + 2
+    return text.removesuffix(", ") + end
+
+
 def show(title: str, rows: list[dict]) -> None:
     """A table, numbers to five digits."""
     if rows:
@@ -361,16 +385,23 @@ def curves(found: dict[str, dict], setting: dict, path: Path) -> None:
     plot.draw(drawn, 0.1, path, f"{title(setting)}\n")
 
 
+def brief(run: dict, head: dict) -> dict:
+    """A run without what the conditions say and without its curve: the cache keeps it, the picture shows it."""
+    new = {key for key, value in run.items() if key == "steps" or head.get(key) != value}
+    return {key: value for key, value in run.items() if key in new - {"curve"}}
+
+
 def write(args: argparse.Namespace, setting: dict, **result) -> None:
     """The json: whole at any time."""
     name = Path(setting["data"]).name
     head = {"command": args.command, **conditions(args, setting["data"]), **setting, "data": name, "seeds": args.seeds}
     head["all methods"] = "betas 0.9 and 0.999 where Adam, no weight decay, no clipping; warm-up, then cosine to a tenth"
-    result |= {"runs": [run | dict(data=name) for run in result["runs"]]} if "runs" in result else {}
+    if "runs" in result:
+        result["runs"] = [brief(run | dict(data=name), head) for run in result["runs"]]
     if getattr(args, "code", None):
         head["code (checksums of the files that made the runs)"] = sorted(args.code)
     result = dict(conditions=head) | ({"unfinished: runs left": args.left} if args.left else {}) | result
-    args.out.with_suffix(".part").write_text(json.dumps(finite(result), indent=1) + "\n")
+    args.out.with_suffix(".part").write_text(pretty(finite(result)) + "\n")
     args.out.with_suffix(".part").replace(args.out)
     print(f"\nin {args.out}")
 
