@@ -40,6 +40,8 @@ accumulator, and half of this file again, to save what 8 bits save already).
 """
 
 import re
+import sys
+import warnings
 import weakref
 
 import torch
@@ -47,7 +49,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import SLICE, adam_, adam_move_, compiled, dequantise, keep, load, move_, narrow, pieces, split, zeros
+from adam8bit import (BLOCK, SLICE, adam_, adam_move_, blocks, compiled, dequantise, keep, load, move_, narrow, pieces,
+                      split, zeros)  # fmt: skip
 
 
 # ----- the subspace -------------------------------------------------------------------------------------------------
@@ -167,6 +170,7 @@ class Tap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # else second-order terms would be lost in silence
     def backward(ctx, D):
         return D, D
 
@@ -193,6 +197,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rank: None for plain AdamW; else r, below the short side of every matrix of the group.
         update_proj_gap: T, steps between refreshes of P. It starts random, and is refreshed four times early on, every `turns`
             steps (at least 2, as M needs a step in the new basis before it can point the way to the next).
+            T may change at any time.
         scale: alpha. offset: P is due in the steps t = offset (mod T), and early on likewise in the round of `turns` steps, so that
             groups can take turns.
 
@@ -212,10 +217,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
     The weights may be bf16 without an fp32 copy: they are rounded stochastically. If torch.distributed is initialised, R is
     averaged over the processes. A step whose gradient (with max_norm: global norm) is not finite leaves the weight (all
     weights), its moments and, unless exact, its basis as they are, and counts in `skipped`, the number of such steps.
-    The step t is counted by group: parameters that join later belong in a group of their own.
+
+    Several processes must have gradients for the same parameters in each step. If not, all of them end with
+    an error before anything is averaged. Adam's bias correction counts the steps in which a parameter had a
+    gradient, as torch.optim.AdamW's does. The schedule of P counts the optimiser's steps, by group.
 
     Raises:
-        ValueError: a rank, gap, projection type, state_bits or max_norm that cannot be honoured.
+        ValueError: a rank, gap, projection type, dtype, state_bits or max_norm that cannot be honoured.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -226,64 +234,79 @@ class GaLoreAdamW(torch.optim.Optimizer):
         check(not (exact and muon), "exact=True is the paper to the letter, which has no Muon: leave one of them out.")
         self.state_bits, self.max_norm, self.exact, self.compile, self.seed, self.muon = state_bits, max_norm, exact, compile, seed, muon
         self.modules, self.proxies, self.passes, self.accumulate = [], {}, {}, None  # the thin way's: see `thin`
-        self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; steps in which it was not finite
-        self.norms = []  # of each R of the step under way
+        self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; how many steps were bad
+        self.norms = {}  # of each R of the step under way, in the order in which they were averaged
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, scale=0.25,
                                       update_proj_gap=200, offset=0, turns=2, proj_type="std", t=0))  # fmt: skip
+        self.register_state_dict_pre_hook(lambda opt: [opt.state[p] for p in opt.group])  # {} if none
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        rank, T, kind = map(self.param_groups[-1].get, ("rank", "update_proj_gap", "proj_type"))
-        check(kind == "std" and T >= 1, f"proj_type is {kind!r} and update_proj_gap {T}: they must be 'std' and at least 1.")
-        for p in param_group["params"] if rank is not None else ():
-            check(p.ndim == 2 and 0 < rank < min(p.shape), f"rank {rank} does not fit a parameter of shape {tuple(p.shape)}: it "
-                  "must be at least 1 and below a matrix's short side (other parameters belong in a group without rank).")  # fmt: skip
-        self.look_up()
-
-    def look_up(self) -> None:
-        self.group = {p: group for group in self.param_groups for p in group["params"]}
-        self.index = {p: i for i, p in enumerate(self.group)}
+        self.arm()
 
     def random(self, p: Tensor, t: int) -> torch.Generator:
         """Depends on seed, parameter and step alone: the same in any order, after resuming, and on every process."""
         mixed = self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B + t * 0xC2B2AE35
         return torch.Generator(p.device).manual_seed(mixed % 2**32)
 
+    def empty(self, p: Tensor, device: torch.device) -> dict:
+        """The form of p's state: P (m x r, in p's dtype or codes), M and V (r x n, or p's shape), steps t."""
+        state, shape, rank, small = dict(t=0), p.shape, self.group[p]["rank"], self.state_bits == 8
+        if rank is not None:
+            shape = (rank, max(p.shape))
+            state.update(zeros("P", (min(p.shape), rank), p.dtype, small and not self.exact, device))
+        for name in "M" if self.muon and rank is not None else "MV":
+            state.update(zeros(name, shape, torch.float32, small, device))
+        return state
+
     def init(self, p: Tensor) -> dict:
-        """The state of p, made when first asked for: P (m x r, in p's dtype or codes), M and V (r x n, or p's shape)."""
-        state, shape, rank, small = self.state[p], p.shape, self.group[p]["rank"], self.state_bits == 8
+        """The state of p, made when first asked for."""
+        state = self.state[p]
         if not state:
-            if rank is not None:
-                shape = (rank, max(p.shape))
-                state.update(zeros("P", (min(p.shape), rank), p.dtype, small and not self.exact, p.device))
-                start = torch.randn(min(p.shape), rank, generator=self.random(p, 0), device=p.device)
-                state.update(narrow(state, "P", orthonormal(start)))
-            for name in "M" if self.muon and rank is not None else "MV":
-                state.update(zeros(name, shape, torch.float32, small, p.device))
+            state.update(self.empty(p, p.device))
+            if "P" in state:
+                start = torch.randn(*state["P"].shape, generator=self.random(p, 0), device=p.device)
+                state.update(narrow(state, "P", orthonormal(start).contiguous()))  # `keep` needs views
         return state
 
     def due(self, p: Tensor) -> bool:
-        """Is P refreshed in the step under way?"""
+        """Shall P be refreshed in the next step? Asked once a step, by `arm`. T may change at any time."""
         group = self.group[p]
         t, T, turns = group["t"] + 1, group["update_proj_gap"], group["turns"]
         if group["rank"] is None or self.exact:
             return group["rank"] is not None and (t - 1) % T == 0
         gap = T if t > 4 * turns + 1 else min(T, turns)
-        return t > 1 and t % gap == group["offset"] * gap // T
+        return t > 1 and (t - group["offset"] * gap // T) % gap == 0
+
+    def agree(self, ps: list[Tensor]) -> None:
+        """Are the averages to come of these parameters, in this order, in all processes?
+
+        An exchange of 16 bytes, for which the host waits on a GPU, too: once a step, and in the thin way once
+        more, when the first weight is about to move.
+
+        Raises:
+            ValueError: they are not, and weights would be mixed. All processes raise it.
+        """
+        if dist.is_initialized():
+            code = hash(tuple((self.index[p], *self.init(p)["M"].shape, p in self.turning) for p in ps))
+            span = torch.tensor([code, -code], device=next(iter(self.group)).device)
+            dist.all_reduce(span, dist.ReduceOp.MAX)  # the highest code, and minus the lowest
+            check(span.sum().item() == 0, "the processes would average different gradients: use the same "
+                  "layers in each, in one order, if only as 0 * layer(x).sum(), with the same rank and T.")
 
     def collect(self, p: Tensor) -> Tensor:
         """[R | Y'] of a projected parameter (R where P is not due), the gradient of another; averaged over processes."""
         state, R = self.init(p), self.proxies.get(p, p).grad
         if "P" in state and p not in self.proxies:  # the plain way: what is there is G
             G = rows(average(R) if self.exact else R)
-            if self.exact and self.due(p) and R.isfinite().all():
+            if self.exact and p in self.turning and R.isfinite().all():
                 U, _, Vh = torch.linalg.svd(R.float(), full_matrices=False)  # of G as it came, for the reference code's signs
-                state["P"] = (U if G is R else Vh.T)[:, : self.group[p]["rank"]].to(p.dtype)
+                state["P"].copy_((U if G is R else Vh.T)[:, : self.group[p]["rank"]])
             R = load(state, "P").to(G.dtype).T @ G
-            if self.due(p) and not self.exact:
+            if p in self.turning and not self.exact:
                 R = torch.cat([R, load(state, "M").to(G.dtype) @ G.T], 1)
         R = average(R)
-        self.norms.append(norm(R[:, : max(p.shape)] if "P" in state else R))
+        self.norms[p] = norm(R[:, : max(p.shape)] if "P" in state else R)
         return R
 
     def move(self, p: Tensor, R: Tensor, ok: Tensor | None = None, shrink: Tensor = torch.ones(())) -> None:
@@ -295,11 +318,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state, group, whole = self.state[p], self.group[p], self.compile
         run = compiled if whole else lambda function: function
         lr, t = torch.tensor(group["lr"]), group["t"] + 1
+        state["t"] += 1  # on the host, which does not know `ok`
         if "P" in state:
             R, Y = R[:, : max(p.shape)], R[:, max(p.shape) :].T
-        ok = self.norms[-1].isfinite() if ok is None else ok  # V, its squares, too
+        ok = self.norms[p].isfinite() if ok is None else ok  # V, its squares, too
         stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else torch.ones(())
-        how = group["betas"], group["eps"], *(torch.tensor(1 - beta**t) for beta in group["betas"]), shrink, ok
+        how = group["betas"], group["eps"], *(torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]), shrink, ok
 
         def seed(piece: int) -> Tensor | None:
             """Of the rounding: depends on seed, parameter and step alone."""
@@ -321,7 +345,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):
             run(move_)(w, a @ B, lr * group["scale"], stay, seed(i))
 
-        if self.due(p) and not self.exact:
+        if p in self.turning and not self.exact:
             self.refresh(state, Y, ok)
 
     refresh = staticmethod(refresh)
@@ -333,45 +357,71 @@ class GaLoreAdamW(torch.optim.Optimizer):
         check(all(p.grad is None for p in self.proxies), "a thin weight has a .grad: "
               "it was used outside its nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
         waiting = [p for p in self.group if self.proxies.get(p, p).grad is not None]
+        self.agree([*self.norms, *waiting])  # those that have moved, in their order, and those that will
         collected, ok, shrink = map(self.collect, waiting), None, torch.ones(())  # one at a time, as `move` asks for them ...
         if self.max_norm is not None and waiting:  # ... or all, to know their norm first
             collected = list(collected)
-            total = norm(torch.stack(self.norms))
+            total = norm(torch.stack([*self.norms.values()]))
             ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
         for p, R in zip(waiting, collected):
             self.move(p, R, ok, shrink)
-        self.norm = norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
+        self.norm = norm(torch.stack([*self.norms.values()])) if self.norms else torch.zeros(())
         self.norms.clear()
         for group in self.param_groups:
             group["t"] += 1
         self.skipped = self.skipped + ~self.norm.isfinite()
         if self.accumulate:
             self.zero_grad()
-            self.arm()
+        self.arm()
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but each tensor keeps its dtype: torch would cast moments and scales to bf16, as the weights are."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        """As torch's, but each tensor keeps its dtype. torch would cast moments to bf16, as the weights are.
+
+        Raises:
+            ValueError: groups or state that this optimiser would not have made; it stays as it is then.
+        """
+        saved, groups = state_dict["state"], state_dict["param_groups"]
+        form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
+        theirs = [(i, group) for group in groups for i in group["params"]]
+        for (i, group), (p, own) in zip(theirs, self.group.items()):
+            old, new = saved.get(i, {}), self.empty(p, torch.device("meta"))
+            odd = {k for k in old | new if i not in saved or old and form(old.get(k)) != form(new.get(k))}
+            odd |= (own.keys() & self.defaults.keys()) - group.keys()
+            check(not odd and group["rank"] == own["rank"], f"the saved state of parameter {i}, "
+                  f"{tuple(p.shape)}, differs in {sorted(odd) or 'rank'}: set up everything as it was then.")
+        super().load_state_dict({"state": {}, "param_groups": groups})
         for module in self.modules:  # else the old state would live on beside the new one until `arm`
             module.galore = None
-        self.look_up()
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, self.group):
-            self.state[p] = {name: x.to(p.device, copy=True) for name, x in state_dict["state"].get(i, {}).items()}
+        for (i, _), p in zip(theirs, self.group):
+            self.state[p] = {k: x if k == "t" else x.to(p.device, copy=True) for k, x in saved[i].items()}
         self.arm()
+
+    def __getstate__(self):  # copy and pickle ask for it
+        raise TypeError("GaLoreAdamW cannot be copied or pickled: load its state_dict() into a new one.")
 
     # The thin way: gradients arrive at proxies, and each weight moves when its last one has.
 
     def arm(self) -> None:
-        """Before a step: the linear layers get their weight's state, and proxies as wide as what is due."""
+        """Before each step: checks the groups, decides where P is due, gives thin layers state, proxies."""
+        for group in self.param_groups:
+            rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
+            check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")
+            for p in group["params"]:
+                check(p.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                      f"a parameter is {p.dtype}: convert the model to float32, bfloat16 or float16.")
+                check(rank is None or p.ndim == 2 and 0 < rank < min(p.shape), f"rank {rank} does not fit a "
+                      f"parameter of shape {tuple(p.shape)}: it lies between 0 and a matrix's short side.")
+        self.group = {p: group for group in self.param_groups for p in group["params"]}
+        self.index = {p: i for i, p in enumerate(self.group)}
+        self.turning = {p for p in self.group if self.due(p)}
         for module in self.modules:
             p = module.weight
-            module.galore, width = self.init(p), max(p.shape) + min(p.shape) * self.due(p)
+            module.galore, width = self.init(p), max(p.shape) + min(p.shape) * (p in self.turning)
             if p not in self.proxies or self.proxies[p].shape[1] != width:
-                proxy = p.new_zeros(1).expand(len(module.galore["M"]), width).requires_grad_()  # owns one number
+                proxy = p.new_zeros(1).expand(len(module.galore["M"]), width)  # owns one number
+                self.proxies[p] = proxy.requires_grad_()
                 proxy.register_post_accumulate_grad_hook(self.hook(p))
-                self.proxies[p] = proxy
             module.proxy = self.proxies[p]
 
     def hook(self, p: Tensor | None = None):
@@ -383,11 +433,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
         """leaf.grad has a micro-batch more. After the last one the weight moves, unless the norm is to be known first."""
         self.passes[p] = self.passes.get(p, 0) + 1
-        if self.passes[p] > self.accumulate:
-            raise RuntimeError(f"backward() ran more than {self.accumulate} times in a step: thin(..., accumulate=) says how often it does.")
+        check(self.passes[p] <= self.accumulate, f"a weight got more than {self.accumulate} gradients before "
+              "opt.step() or opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
         if self.passes[p] == self.accumulate and self.max_norm is None:
+            if not self.norms and dist.is_initialized():  # the first of its backward pass
+                self.agree([p, *filter(self.coming, self.group)])
             self.move(p, self.collect(p))
             leaf.grad = None
+
+    def coming(self, p: Tensor) -> bool:
+        """Will the backward pass under way complete p's gradient? Asked as in register_multi_grad_hook."""
+        leaf = self.proxies.get(p, p)
+        return (leaf.requires_grad and self.passes.get(p, 0) == self.accumulate - 1
+                and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -398,7 +456,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    """|x| in fp32, to 1e-7, without an fp32 copy of x."""
+    while x.numel() > BLOCK and not x.is_cuda:  # a CPU adds one by one, and so loses 1.4% of 131 M values
+        x = torch.cat([torch.linalg.vector_norm(blocks(y), dim=1, dtype=torch.float32) for y in split(x)])
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 def average(x: Tensor) -> Tensor:
@@ -417,16 +478,28 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
     """Groups for GaLoreAdamW: the linear layers inside the model's blocks (attention and MLP matrices) get the rank, a group
     per block, which refresh in turn (block i of L at offset i T / L; early on two in a step); embedding, head, norms and biases get none.
 
+    Linear layers are nn.Linear and transformers' Conv1D. A matrix whose short side is not above the rank gets
+    none. A warning names all else that is left out, as fused experts, whose parameters have three dimensions.
+
     Raises:
-        ValueError: no nn.Linear stands in a numbered block.
+        ValueError: nothing would get the rank.
     """
-    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    blocks, rest = {}, []
-    for name, p in model.named_parameters():
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    embedding = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    blocks, left_out = {}, []
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         block = re.search(r"\.(\d+)\.", name)
-        if p.requires_grad:
-            (blocks.setdefault(int(block[1]), []) if block and p in linear else rest).append(p)
-    check(len(blocks), "no nn.Linear stands in a numbered block (as model.layers.0): make groups by hand, with the key 'rank'.")
+        ranked = block and p in linear and p.ndim == 2 and min(p.shape) > rank
+        blocks.setdefault(int(block[1]) if ranked else None, []).append(p)
+        if p.ndim > 1 and not ranked and p not in embedding and (block or p not in linear):
+            left_out.append((f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {tuple(p.shape)}", p.numel()))
+    rest = blocks.pop(None, [])
+    check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
+          "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
+    if left_out:
+        share = sum(n for _, n in left_out) / sum(p.numel() for p in model.parameters())
+        warnings.warn(f"{share:.1%} of the parameters get no rank, beside embedding, head, norms and biases: "
+                      f"{', '.join(dict(left_out))}", stacklevel=2)
     common = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, turns=max(2, len(blocks) // 2))
     T, L = update_proj_gap, len(blocks)
     groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]
@@ -448,17 +521,26 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     every process from the same weights; R is averaged here), and checkpointing only with use_reentrant=False. A copy of a thin
     model computes, but does not train.
 
+    Nothing passes through a projected weight's own gradient. Hooks on it are not called. A gradient penalty,
+    which would have a second-order term there, ends with torch's error "trying to differentiate twice".
+    Compile the blocks of the model, not the model. max_grad_norm of transformers' Trainer clips as little as
+    clip_grad_norm_.
+
     Raises:
-        ValueError: the optimiser has exact=True (its SVD needs the full gradient), model or optimiser is thin already, or they
-            do not belong together.
+        ValueError: the optimiser has exact=True (its SVD needs the full gradient), model or optimiser is thin
+            already, they do not belong together, or the model is compiled as a whole.
     """
     check(not opt.exact, "exact=True takes an SVD of the full gradient, which the thin way never forms: leave one of them out.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
     check(opt.accumulate is None and not any(isinstance(m, ThinModule) for m in model.modules()),
           "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
-    modules = [m for m in model.modules() if type(m) is nn.Linear and opt.group.get(m.weight, {}).get("rank")]
-    check(len(modules) or not any(g["rank"] for g in opt.param_groups), "the optimiser holds no weight of this model's linear layers.")
-    opt.accumulate, opt.modules = accumulate, [m for m in modules if m.weight.requires_grad]
+    check(any(p in opt.group for p in model.parameters()), "the optimiser holds no weight of this model.")
+    check(not hasattr(model, "_orig_mod") and model._compiled_call_impl is None,
+          "compile the blocks of a thin model one by one: as a whole it would be compiled at each refresh.")
+    if opt.max_norm is None and "transformers.trainer" in sys.modules:
+        warnings.warn("Trainer's max_grad_norm clips nothing: use max_norm of GaLoreAdamW.", stacklevel=2)
+    linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
+    opt.accumulate, opt.modules = accumulate, [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
     opt.arm()
     for module in opt.modules:
         module.__class__, module.checkpointed = ThinModule, checkpointed

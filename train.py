@@ -34,9 +34,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
+from zipfile import ZipFile
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # no gaps in a full GPU; must stand before torch starts
+# Both must stand before torch is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # no gaps in a full GPU
+if "OMP_WAIT_POLICY" not in os.environ:  # on a busy CPU a spinning thread holds up the one it waits for
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 import torch.distributed as dist
@@ -99,7 +104,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--lr", type=float, help="peak learning rate (default: 0.01 with GaLore, 7b and toy 0.005; 0.02 with --muon, 7b 0.01; 0.001 without GaLore, from 1b on 0.0005)")
     add("--warmup_steps", type=int, help="default: a tenth of the steps")
     add("--min_lr_ratio", type=float, help="the cosine ends at this share of --lr (default: 0.1)")
-    add("--weight_decay", type=float, help="decoupled (default: 0)")
+    add("--weight_decay", type=float, help="decoupled, of all but norms (default: 0)")
     add("--grad_clipping", type=float, help="clip the global norm of the projected gradients to this (default: 0, no clipping)")
     # length and batch
     add("--steps", type=int, help="default: the paper's for the size; toy: 600")
@@ -184,6 +189,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
         config = Config(**checkpoint["config"])
     elif args.init:
         config = read_config(Path(args.init))
+        refuse(any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer of its own, which is not read yet. "
+               "If --tokenizer gives the very same ids, copy config.json and the weights to another folder.")  # fmt: skip
     else:
         default(vocab_size=-(-(N_VOCAB.get(args.tokenizer) or get_tokenizer(args.tokenizer).n_vocab) // 64) * 64)
         config = Config(vocab_size=args.vocab_size, max_position_embeddings=max(2048, args.seq_len), **SIZES[args.size])
@@ -389,7 +396,7 @@ def save(folder: Path, keep: int, **what) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            torch.save(what, f)
+            torch.save(what | dict(seal=seal(what)), f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
@@ -405,7 +412,12 @@ def save(folder: Path, keep: int, **what) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"))
+    return sorted(folder.glob("checkpoint-" + 8 * "[0-9]" + ".pt"))  # a checkpoint-best.pt is the user's own
+
+
+def seal(what: dict) -> int:
+    """A checksum of names, values, and of tensors their shapes and types. (Of their values the file has its own.)"""
+    return zlib.crc32(json.dumps(what, default=lambda tensor: f"{tensor.dtype} {tensor.shape}").encode())
 
 
 def read_checkpoint(folder: str | None) -> dict:
@@ -414,12 +426,14 @@ def read_checkpoint(folder: str | None) -> dict:
     refuse(not folder, f"--resume needs --out_dir, the folder of the run to go on with; there are: {runs}")
     refuse(not checkpoints(Path(folder)), f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start there")
     *older, path = checkpoints(Path(folder))
+    instead = f"without it the run goes on from {older[-1].name}" if older else "take another --out_dir to start anew"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint | {"args": dict(checkpoint["args"]), "step": int(checkpoint["step"])}
+        refuse(ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint), "it is not as it was saved")
+        return checkpoint
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
-        instead = f"; without it the run goes on from {older[-1].name}" if older else ""
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}): it was cut short, or is no checkpoint{instead}") from None
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short, damaged or edited, "
+                         f"or is no checkpoint of this version; {instead}") from None  # fmt: skip
 
 
 def choose_out_dir(args: argparse.Namespace) -> None:
@@ -455,9 +469,8 @@ def holds_a_run(folder: Path) -> bool:
 
 def writable(folder: Path) -> bool:
     """Could files be written to the folder, or could it be made? (Nothing is made yet.)"""
-    while not folder.exists():
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 class Log:
@@ -473,19 +486,20 @@ class Log:
         if RANK:
             return
         if checkpoint and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True)[: checkpoint["log_lines"]] if line.endswith("\n")]
-        start = dict(step=checkpoint["step"]) if checkpoint else {}
+            lines = [line for line in self.path.read_bytes().splitlines(True)[: checkpoint["log_lines"]] if line.endswith(b"\n")]
         if not lines or kept(args) != checkpoint["args"]:
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
             versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu, processes=world())
-            lines.append(json.dumps(dict(args=vars(args), versions=versions, parameters=parameters) | start) + "\n")
-        self.path.with_suffix(".part").write_text("".join(lines))
+            start = dict(args=vars(args), versions=versions, parameters=parameters, step=checkpoint["step"] if checkpoint else 0)
+            lines.append(json.dumps(start).encode() + b"\n")
+        self.path.with_suffix(".part").write_bytes(b"".join(lines))
         self.path.with_suffix(".part").replace(self.path)
         self.lines = len(lines)
 
     def add(self, **line) -> None:
         if RANK == 0:
-            self.waiting.append(line)
+            null = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}  # json has no NaN
+            self.waiting.append(line | null)
             self.lines += 1
 
     def write(self) -> bool:
@@ -521,7 +535,7 @@ class Log:
                 self.board = self.board or SummaryWriter(self.path.parent, purge_step=line["step"])
                 numbers = line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()}
                 for k in numbers.keys() - {"step", "seconds"}:
-                    self.board.add_scalar(k, numbers[k], line["step"])
+                    self.board.add_scalar(k, math.nan if numbers[k] is None else numbers[k], line["step"])
         except OSError:
             self.board = None
 
@@ -570,10 +584,12 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch, show) -> dict:
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=loss / math.log(2) / val.bytes_per_token, val_tokens=count)
 
 
-def prepare(model: Llama, args: argparse.Namespace) -> galore.GaLoreAdamW:
-    """The optimiser, and the model made ready for it, as the arguments say."""
+def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> galore.GaLoreAdamW:
+    """The optimiser, and the model made ready for it, as the arguments say; both as they were in `checkpoint`. ValueError."""
     model.activation_checkpointing = args.activation_checkpointing
-    groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else model.parameters()
+    groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else [dict(params=list(model.parameters()))]
+    rest = groupby(groups.pop()["params"], lambda p: p.ndim >= 2)  # in their order, on which rounding depends
+    groups += [dict(params=list(ps), weight_decay=args.weight_decay * matrices) for matrices, ps in rest]  # norms: none
     opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
                              exact=args.exact, compile=args.compile, seed=args.seed, muon=args.muon)  # fmt: skip
     if args.layerwise:
@@ -581,6 +597,13 @@ def prepare(model: Llama, args: argparse.Namespace) -> galore.GaLoreAdamW:
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
+    if checkpoint:
+        refuse(seal(model.state_dict()) != seal(checkpoint["model"]),
+               f"the run in {args.out_dir} has other weights than this model.py makes: take the one that it began with")  # fmt: skip
+        model.load_state_dict(checkpoint.pop("model"))  # popped: a live tensor of the file keeps its room on disk taken
+        groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]  # what is said now
+        opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))
+        opt.skipped = torch.tensor(float(checkpoint["skipped"]), device=args.device)
     return opt
 
 
@@ -675,19 +698,11 @@ class Stopwatch:
         return total | dict(model=total["step"] - total["data"] - total["optimiser"] - total["refresh"])
 
 
-def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, log: Log, brake: Brake) -> None:
+def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, log: Log, brake: Brake) -> None:
     """To the last step, or to where it is asked to end, or has a problem."""
-    device, config, opt = torch.device(args.device), model.config, prepare(model, args)
+    device, config = torch.device(args.device), model.config
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
-    step, skipped, scores = 0, 0, {}
-    if checkpoint:
-        options = [{k: v for k, v in group.items() if k not in ("params", "t")} for group in opt.param_groups]
-        model.load_state_dict(checkpoint.pop("model"))  # popped: who holds a tensor of the file keeps its room on disk taken
-        opt.load_state_dict(checkpoint.pop("optimizer"))
-        for group, now in zip(opt.param_groups, options):  # what the arguments say now stands
-            group.update(now)
-        step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
-        opt.skipped = torch.tensor(float(skipped), device=device)
+    step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores")) if checkpoint else (0, 0, {})
 
     # what is going to happen
     n, inside = model.num_parameters(), sum(p.numel() for group in opt.param_groups for p in group["params"] if group["rank"])
@@ -774,13 +789,9 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
         report()
     bar.close()
     finished = step == args.steps and scores.get("step") == step
-    for minute in range(24 * 60 * (RANK == 0 and step > saved and (finished or not streak))):
-        if write_checkpoint(position):
-            break
-        tell("waiting a minute, for a day at most, until the disk takes it (Ctrl-C gives up)")
-        asked = brake.asked
-        brake.interruptible(lambda: time.sleep(60))
-        if brake.asked > asked:
+    while RANK == 0 and step > saved and (finished or not streak) and not write_checkpoint(position):
+        tell("waiting a minute until the disk takes it (Ctrl-C gives up)")
+        if not brake.interruptible(lambda: time.sleep(60) is None):  # asked to stop
             break
 
     if not finished:
@@ -798,6 +809,7 @@ def train(model: Llama, args: argparse.Namespace, said: str, checkpoint: dict | 
 
 def main() -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed ones are None
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has all letters of a sample
     parser, brake = arguments(), Brake()
     args = parser.parse_args()
     args.processes = world()
@@ -816,24 +828,28 @@ def main() -> None:
             args.compile = False
             tell(f"torch.compile does not work here, so nothing is compiled, which is slower but gives the same ({why})")
         choose_out_dir(args)
-        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir", "compile")} | dict(step=checkpoint and checkpoint["step"])
-        same = zlib.crc32(json.dumps(same).encode())
+        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir", "compile")}
+        same = seal(same | dict(step=checkpoint and checkpoint["step"]))
         refuse(highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; with --resume all must find "
                "the same checkpoint in --out_dir, a folder that they share or a copy of it")  # fmt: skip
         tokenizer = get_tokenizer(args.tokenizer)
         refuse(tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that of tokenizer {args.tokenizer}, "
-               f"{tokenizer.n_vocab:,}: take a larger --vocab_size or another --tokenizer")  # fmt: skip
+               f"{tokenizer.n_vocab:,}: take {'' if args.init else 'a larger --vocab_size or '}another --tokenizer")  # fmt: skip
+        tokenizer.encode(args.sample)  # raises now what it would raise after the last step
         where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
         stream = open_data(args.data, tokenizer, "train", args.seq_len, state=checkpoint and checkpoint["data"], **where)
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
+        refuse((val.tokens[1 : args.eval_tokens + 1] == tokenizer.eot).all(),
+               f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take another file")  # fmt: skip
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
+        opt = prepare(model, args, checkpoint)
         log = Log(args, checkpoint, model.num_parameters())
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; when it leaves, torchrun ends the others
         parser.error(str(error))
-    train(model, args, said, checkpoint, tokenizer, stream, val, log, brake)
+    train(model, opt, args, said, checkpoint, tokenizer, stream, val, log, brake)
     os.close(log.lock)
     if world() > 1:
         highest(0)  # none leaves before the checkpoint is written: torchrun would end the others
@@ -847,4 +863,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted before the first step: there is nothing to save")
+        tell("interrupted before the first step: there is nothing to save")
+    finally:
+        sys.stdout = open(os.devnull, "w")  # a line that nothing takes would turn any exit code into 120

@@ -77,7 +77,8 @@ def build(args: argparse.Namespace, config) -> tuple:
 
 def nbytes(model, opt) -> tuple[int, int]:
     """Of the weights, and of the optimiser's state."""
-    return sum(p.nbytes for p in model.parameters()), sum(x.nbytes for state in opt.state.values() for x in state.values())
+    tensors = (x for state in opt.state.values() for x in state.values() if torch.is_tensor(x))
+    return sum(p.nbytes for p in model.parameters()), sum(x.nbytes for x in tensors)
 
 
 def row(what: str, watch: Watch, before: int, model, opt, folder: Path) -> dict:
@@ -93,7 +94,7 @@ def save(options: str, folder: Path) -> dict:
     before = resident()
     model, opt = build(args, config)
     for p in opt.group:
-        for x in opt.init(p).values():
+        for x in filter(torch.is_tensor, opt.init(p).values()):
             x.random_() if x.dtype == torch.uint8 else x.normal_()
     with Watch() as watch:
         done = train.save(folder, 1, model=model.state_dict(), optimizer=opt.state_dict(), step=1, data={}, skipped=0, scores={}, log_lines=1,

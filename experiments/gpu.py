@@ -501,7 +501,7 @@ def refresh(report) -> None:
         state, Y = opt.init(*opt.group), torch.randn(m, rank, device=device).bfloat16()
         for name in "MV":
             state[name].random_(256)
-            state[name + "_scale"].uniform_(1e-4, 1e-3)
+            state[adam8bit.SCALE[name]].uniform_(1e-4, 1e-3)
         run = lambda: galore.refresh(state, Y, torch.tensor(True, device=device))  # noqa: E731, B023
         run()
         each = typical(run, 20, 5.0)

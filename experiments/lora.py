@@ -100,7 +100,6 @@ def restart_every(opt: torch.optim.Optimizer, layers: list[LowRankLinear], steps
                 layer.merge()
             for p in opt.param_groups[0]["params"]:
                 opt.state.pop(p, None)
-            opt.param_groups[0]["t"] = 0  # GaLoreAdamW counts by group; torch's optimisers in the state
 
     opt.register_step_pre_hook(before)
     opt.register_step_post_hook(after)

@@ -88,7 +88,7 @@ def simulate(args: argparse.Namespace, config: Config, due: bool) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Llama(config, "cpu", getattr(torch, args.dtype))
         opt = train.prepare(model, args)
-        last = opt.param_groups[-2 if args.galore else 0]
+        last = [group for group in opt.param_groups if group["rank"] or not args.galore][-1]
         early = 2 * last["turns"] + last["offset"] * last["turns"] // last["update_proj_gap"]
         for group in opt.param_groups:
             group["t"] = early - 1 if due else 1000 * last["update_proj_gap"]
@@ -96,7 +96,7 @@ def simulate(args: argparse.Namespace, config: Config, due: bool) -> int:
         opt.arm()
         tokens = torch.zeros(args.batch_size, args.seq_len, dtype=torch.long)
         with Tracker() as tracker:
-            tracker.track_external(model, *(x for state in states for x in state.values()))
+            tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
             train.training_step(model, opt, repeat((tokens, tokens)), train.accumulation(args))
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     return peak["Total"]

@@ -68,7 +68,7 @@ def parse(path: Path, share: float) -> Run:
     args, tokens, losses, scores = {}, {}, {}, {}
     for i, text in enumerate(lines, 1):
         try:
-            line = dict(json.loads(text))
+            line = {k: math.nan if v is None else v for k, v in dict(json.loads(text)).items()}  # null: not finite
         except (ValueError, TypeError):
             if i < len(lines) or i == 1:
                 raise ValueError(f"{path} is not a log of train.py: line {i} is no JSON object") from None

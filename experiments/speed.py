@@ -130,8 +130,8 @@ def at(opt: torch.optim.Optimizer, t: int) -> None:
         else:  # galore-torch counts by parameter, from 0
             for p in group["params"]:
                 opt.state[p]["step"] = t + (t == DUE)
-    if isinstance(opt, galore.GaLoreAdamW) and opt.accumulate:
-        opt.arm()  # proxies are wider in a step that refreshes
+    if isinstance(opt, galore.GaLoreAdamW):
+        opt.arm()  # which decides what is refreshed in the next step
 
 
 def stepper(opt: torch.optim.Optimizer, t: int | None = None, before=None):
