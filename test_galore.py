@@ -50,6 +50,7 @@ import model as model_file
 import train
 from galore import GaLoreAdamW, orthonormal, param_groups, refresh, thin
 from model import SIZES, Config, Llama, cross_entropy
+from plumbing import shards
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose tenfold when another program wants the cores
 YES = torch.tensor(True)
@@ -1596,8 +1597,7 @@ BYTES = data.get_tokenizer("bytes")
 @pytest.fixture
 def alone(monkeypatch):
     """No process beside the test: every shard is prepared when it is needed."""
-    process = SimpleNamespace(start=lambda: None)
-    monkeypatch.setattr(data, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=lambda **_: process)))
+    monkeypatch.setattr(shards.Shard, "prefetch", lambda self: None)
 
 
 def texts(n, seed=0):
@@ -1638,8 +1638,8 @@ def targets(stream, n, sequences=2):
 
 def check_round_trip(tokenizer, documents, folder):
     (folder / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    path = data.prepare(data.find_shards(str(folder / "mine.jsonl"), "train", None, "{}")[0][0], tokenizer, folder)
-    ids = np.fromfile(path, tokenizer.dtype)
+    (shard,), _ = shards.find_shards(str(folder / "mine.jsonl"), tokenizer, None, "{}")
+    ids = np.fromfile(shard.prepare(), tokenizer.dtype)
     ends = np.flatnonzero(ids == tokenizer.eot)
     assert len(ends) == len(documents) and ends[-1] == len(ids) - 1
     assert [tokenizer.decode(ids[a:b]) for a, b in zip([0, *ends[:-1] + 1], ends)] == documents
@@ -1685,9 +1685,9 @@ def test_threads_do_not_change_the_tokens(tmp_path, monkeypatch, suffix):
     files = []
     for threads in (1, 7):
         slow = data.Tokenizer("bytes", BYTES.pieces, 256, lambda text: (time.sleep(hash(text) % 3 / 1e4), BYTES.encode(text))[1])
-        monkeypatch.setattr(data.Tokenizer.encode_batch, "__defaults__", (threads,))
-        (shard,), _, _ = data.find_shards(str(tmp_path / f"a{suffix}"), "train", None, "{}")
-        files.append(data.prepare(shard, slow, tmp_path / str(threads)).read_bytes())
+        monkeypatch.setattr(data, "THREADS", threads)
+        (shard,), _ = shards.find_shards(str(tmp_path / f"a{suffix}"), slow, str(tmp_path / str(threads)), "{}")
+        files.append(shard.prepare().read_bytes())
     assert files[0] == files[1]
     want = expected(["\n".join(documents) * 3] if suffix == ".txt" else documents)
     assert np.frombuffer(files[0], np.uint16).tolist() == want
@@ -1711,9 +1711,9 @@ def test_the_form_of_a_file_does_not_change_its_tokens(tmp_path):
     }
     for name, content in forms.items():
         (tmp_path / name).write_bytes(content)
-        (shard,), folder, _ = data.find_shards(str(tmp_path / name), "train", None, "{}")
+        (shard,), _ = shards.find_shards(str(tmp_path / name), BYTES, None, "{}")
         want = expected([text.decode()] if "txt" in name.lower() else texts(30))
-        assert np.fromfile(data.prepare(shard, BYTES, folder), np.uint16).tolist() == want, name
+        assert np.fromfile(shard.prepare(), np.uint16).tolist() == want, name
 
 
 def test_two_tokenizers_do_not_mix(tmp_path, alone):
@@ -1801,8 +1801,7 @@ def test_resume_equals_unbroken(tmp_path, alone, when):
     got = [flat(s.batch(2, rank, 2)[1]) for _ in range(60) for rank, s in enumerate(resumed)]
     assert sum(got, []) == want
     assert resumed[0].state_dict() == stream.state_dict()
-    later = data.open_data(str(tmp_path), BYTES, "train", 8)
-    later.load_state_dict(state)
+    later = data.open_data(str(tmp_path), BYTES, "train", 8, state=state)
     assert targets(later, 120, sequences=2) == want
 
 
@@ -1825,7 +1824,7 @@ def test_resume_from_other_data_is_refused(tmp_path, alone):
     state = stream.state_dict()
     for change, word in [({"tokenizer": "gpt2"}, "gpt2"), ({"shard": "gone"}, "gone"), ({"shard_tokens": 5}, "had 5")]:
         with pytest.raises(ValueError, match=word):
-            stream.load_state_dict(state | change)
+            data.open_data(str(tmp_path), BYTES, "train", 8, state=state | change)
 
 
 def test_held_out_share(tmp_path, alone, capsys):
@@ -1850,7 +1849,7 @@ def test_held_out_share(tmp_path, alone, capsys):
 
 def test_python_source(tmp_path):
     """The standard library is there without a download, its two splits share no file, about one in 20 is validation."""
-    train, val = data.python_files("train"), data.python_files("val")
+    train, val = shards.python_files("train"), shards.python_files("val")
     assert not set(train) & set(val) and 0.02 < len(val) / len(train) < 0.1
     assert [f.stem for f in train] != sorted(f.stem for f in train)
     stream = data.open_data("python", BYTES, "val", 64, data_dir=str(tmp_path))
@@ -1900,10 +1899,8 @@ def test_what_is_read_of_a_folder(tmp_path, kind, capsys):
             (tmp_path / name).symlink_to("loop.txt")
         else:
             (tmp_path / name).write_text("x")
-    for split, want in (("train", train), ("val", val or train)):
-        shards, _, held = data.find_shards(str(tmp_path), split, None, "{}")
-        names = sorted(file.name for shard in shards for file in shard.files)
-        assert "|".join(names) == want and held == (not val)
+    for found, want in zip(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True), (train, val)):
+        assert "|".join(sorted(file.name for shard in found for file in shard.files)) == want
     held = "the last 1% of each shard, as there is no file for it"
     line = f"training on {train}; validation on {val or held}; not read: {rest or 'nothing'}"
     assert capsys.readouterr().err == f"{tmp_path}: {line.replace('|', ', ')}\n"
@@ -1913,7 +1910,7 @@ def test_very_many_files_are_counted(tmp_path, capsys):
     """Of very many files the line has the first ones and how many more there are."""
     for i in range(1000):
         (tmp_path / f"{i:04d}.txt").touch(), (tmp_path / f"{i:04d}.csv").touch()
-    assert len(data.find_shards(str(tmp_path), "train", None, "{}")[0][0].files) == 1000
+    assert len(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True)[0][0].files) == 1000
     said = capsys.readouterr().err
     assert "training on 0000.txt, 0001.txt, 0002.txt, 0003.txt, 0004.txt, 0005.txt, and 994 more; " in said
     assert said.endswith("0019.csv, and 980 more\n")
@@ -1937,9 +1934,9 @@ def test_a_folder_without_training_text(tmp_path, files):
     for name in files.split(", ") * (files != "nothing"):
         (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=rf"holds no training text .*\.txt.*; found: {re.escape(files)}$"):
-        data.find_shards(str(tmp_path), "train", None, "{}")
+        shards.find_shards(str(tmp_path), BYTES, None, "{}")
     for file in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.txt")]:
-        assert data.find_shards(str(file), "train", None, "{}")[0][0].files == [file]
+        assert shards.find_shards(str(file), BYTES, None, "{}")[0][0].files == [file]
 
 
 def test_validation_without_text(tmp_path, alone):
@@ -2157,7 +2154,7 @@ def test_keep_shards_leaves_nothing_behind(tmp_path, server, alone, monkeypatch)
     """Wherever a run starts and goes, round the end too, keep_shards=3 leaves the next shard and the two before it: what earlier
     runs left goes, .part downloads too, but no file that another process is just filling, no other tokenizer's, no text of the user's."""
     find = data.find_shards
-    monkeypatch.setattr(data, "find_shards", lambda *args: (find(*args)[0][:6], *find(*args)[1:]))
+    monkeypatch.setattr(data, "find_shards", lambda *args, say: (find(*args)[0][:6], find(*args)[1]))
     c4_like(tmp_path / "served", shards=6)
     here = tmp_path / "here"
     options = dict(data_dir=str(here), data_url=server.url)
@@ -2171,17 +2168,17 @@ def test_keep_shards_leaves_nothing_behind(tmp_path, server, alone, monkeypatch)
     for name in others:
         (here / name).touch()
 
-    def shards():
+    def there():
         return sorted({int(file.name[9:14]) for file in here.iterdir() if file.name.startswith("c4-train") and file.name not in others})
 
     with open(here / (C4.format(1) + ".part")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         stream = data.open_data("c4", BYTES, "train", 16, state=states[4], keep_shards=3, **options)
-        assert shards() == [1, 3, 4, 5] and (here / (C4.format(1) + ".part")).exists()
+        assert there() == [1, 3, 4, 5] and (here / (C4.format(1) + ".part")).exists()
     windows = []
     while len(windows) < 4:
-        if stream.batch(1) and (not windows or windows[-1] != (stream.index, shards())):
-            windows.append((stream.index, shards()))
+        if stream.batch(1) and (not windows or windows[-1] != (stream.index, there())):
+            windows.append((stream.index, there()))
     assert windows == [(5, [4, 5]), (0, [0, 5]), (1, [0, 1]), (2, [1, 2])]  # the next one is not there yet
     assert all((here / name).exists() for name in others)
 
@@ -2189,8 +2186,7 @@ def test_keep_shards_leaves_nothing_behind(tmp_path, server, alone, monkeypatch)
 def test_several_processes_of_a_machine_have_one_child(tmp_path, monkeypatch):
     """Of the processes that torchrun starts on a machine only local rank 0 has the next shard made ready."""
     started = []
-    process = SimpleNamespace(start=lambda: started.append(os.environ.get("LOCAL_RANK")))
-    monkeypatch.setattr(data, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Process=lambda **_: process)))
+    monkeypatch.setattr(shards.Shard, "prefetch", lambda self: started.append(os.environ.get("LOCAL_RANK")))
     c4_like(tmp_path)
     for rank in ("0", "1", None):
         monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK")
@@ -2208,7 +2204,7 @@ def test_trouble_of_the_next_shard_is_told_at_once(tmp_path, capfd):
         said += capfd.readouterr().err
         time.sleep(0.05)
     (line,) = [line for line in said.splitlines() if "made ready ahead" in line]
-    assert "could not be made ready ahead" in line and "tried again when training comes to it" in line
+    assert "could not be made ready ahead" in line and "it is tried again later" in line
     assert "00001-of-01024.json.gz cannot be read after line" in line
     stream.batch(1)
 
@@ -2245,8 +2241,8 @@ def test_a_server_that_says_0_does_not_use_up_the_patience(tmp_path, server, alo
     waits = []
     monkeypatch.setattr(data.time, "sleep", waits.append)
     (tmp_path / "served").mkdir()
-    with pytest.raises(ValueError, match="could not be downloaded"):
-        data.download(server.url.replace("{}", "x"), tmp_path / "x", background=True)
+    with open(tmp_path / "x.part", "ab") as file, pytest.raises(ValueError, match="could not be downloaded"):
+        shards.download(server.url.replace("{}", "x"), file, background=True)
     assert len(waits) == 39 and waits[:3] == [0, 0, 0] and sum(waits) > 1800
 
 
@@ -2283,7 +2279,7 @@ def test_interrupted_while_waiting_for_another_process(tmp_path, alone):
     """Ctrl-C while another process holds the lock on the next shard leaves the stream where it stood: read on, it repeats and skips nothing."""
     ids = expected(c4_like(tmp_path, shards=3, documents=12))
     stream = data.open_data(str(tmp_path), BYTES, "train", 100)
-    path = data.prepare(stream.shards[2], BYTES, tmp_path)
+    path = stream.shards[2].prepare()
     path.unlink()
     got = []
     with open(f"{path}.part", "ab") as other:
@@ -2333,7 +2329,7 @@ def test_interrupted_just_after_a_file_was_whole(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(Path, "rename", rename_and_raise)
     with pytest.raises(KeyboardInterrupt):
-        data.make(tmp_path / "x", lambda file: file.write(b"whole"))
+        shards.make(tmp_path / "x", lambda file: file.write(b"whole"))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"whole")]
 
 
@@ -2383,7 +2379,7 @@ def killed_within(seconds):
 def stream_over_a_bad_server(tmp_path, server, monkeypatch, shards, seed=0):
     """Reads `shards` shards with real processes beside, from a server that misbehaves at random, and checks tokens and disk."""
     rng, find = random.Random(seed), data.find_shards
-    monkeypatch.setattr(data, "find_shards", lambda *args: (find(*args)[0][:shards], *find(*args)[1:]))
+    monkeypatch.setattr(data, "find_shards", lambda *args, say: (find(*args)[0][:shards], find(*args)[1]))
     ids, here = expected(c4_like(tmp_path / "served", shards=shards, documents=40)), tmp_path / "here"
     kinds = ("drop", 503, 429, "html", "corrupt", "short", "long", "no range")
     server.trouble = {C4.format(i): rng.sample(kinds, rng.choice((0, 0, 1, 2))) for i in range(shards)}
@@ -2499,7 +2495,7 @@ def test_a_source_that_cannot_be_read(tmp_path, alone, monkeypatch):
         patch.setattr(data.Path, "iterdir", denied)
         refused(f"{tmp_path / 'd'} cannot be read: Permission denied", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "open", lambda *file: (denied if file[0] == last else open)(*file), raising=False)
+        patch.setattr(shards, "open", lambda *file: (denied if file[0] == last else open)(*file), raising=False)
         refused(f"{last} cannot be read: Permission denied", whole)
     assert not list(tmp_path.rglob("*.tokens"))
     stream = whole()

@@ -800,7 +800,7 @@ def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said:
     else:
         tell("validation loss {val_loss:.4f} nats a token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte, on {val_tokens:,} tokens".format(**scores))
         if math.isfinite(scores["val_loss"]) and RANK == 0:
-            prompt = torch.tensor([tokenizer.encode_batch([args.sample])[0].tolist()] * 3, device=device)
+            prompt = torch.tensor([tokenizer.encode(args.sample).tolist()] * 3, device=device)
             length = max(16, min(200, args.seq_len - prompt.size(1)))  # beyond the positions seen in training text falls apart
             texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=torch.Generator(device).manual_seed(args.seed))
             tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))

@@ -7,7 +7,7 @@ What does the process that makes the next shard ready cost the training that it 
 
 train.py's own training step (GaLore on the 60M model; random tokens, as their values change nothing) takes turns: a step alone, with the
 child process of data.py stopped by SIGSTOP, and one while the child goes on tokenising; which comes first changes. The child is the real
-one, data.prepare_beside, on an endless shard (the text over and over). The loss is the median, over the pairs, of their ratio of times,
+one, plumbing/shards.py's, on an endless shard (the text over and over). The loss is the median, over the pairs, of their ratio of times,
 with a 95% interval by bootstrap; so what else the machine does hits both alike, and pairs in which other programs took more than 5% of a core
 are left out (Linux; both figures are given). "Nothing" compares steps alone with steps alone, from the same turns: the noise.
 
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
+from plumbing import shards  # noqa: E402
 
 SHARD = 173e6  # GPT-2 tokens of a file of C4
 
@@ -55,7 +56,7 @@ def busy(pid: int | None = None) -> float:
 def like_c4(file: Path, text: Path | None) -> Path:
     """The text, or Python's own source, as json lines of documents of about C4's length."""
     with gzip.open(file, "wt", compresslevel=1) as f:
-        for whole, _ in data.documents(text) if text else ((source.read_text(errors="replace"), True) for source in data.python_files("train")):
+        for whole, _ in data.documents(text) if text else ((source.read_text(errors="replace"), True) for source in shards.python_files("train")):
             f.writelines(json.dumps({"text": whole[i : i + 2200]}) + "\n" for i in range(0, len(whole), 2200))
     return file
 
@@ -105,9 +106,9 @@ def main() -> None:
                   "gpu": torch.cuda.get_device_name() if "cuda" in args.device else None, "python": platform.python_version(), "torch": torch.__version__,
                   "tiktoken": data.tiktoken.__version__, "load before": os.getloadavg()[0]}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        shard = data.Shard("endless", [like_c4(Path(folder, "text.jsonl.gz"), args.data)] * 1000)
-        child = multiprocessing.get_context("spawn").Process(target=data.prepare_beside, args=(shard, args.tokenizer, Path(folder)), daemon=True)
-        child.start()
+        text = like_c4(Path(folder, "text.jsonl.gz"), args.data)
+        shards.Shard("endless", [text] * 1000, Path(folder), tokenizer).prefetch()
+        (child,) = multiprocessing.active_children()
 
         def made() -> int:
             return sum(file.stat().st_size for file in Path(folder).glob("*.part")) // tokenizer.dtype.itemsize

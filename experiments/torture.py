@@ -31,7 +31,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import python_files  # noqa: E402
+from plumbing.shards import python_files  # noqa: E402
 
 SHARDS, SEQ_LEN, BATCH = 10, 64, 8
 KINDS = {"checkpoint": "checkpoint.part", "any moment": "log.jsonl", "tokenising": "*.tokens.part"}  # and the files that show them

@@ -1,0 +1,260 @@
+"""The shards of a data set: which there are, and how their token files come to be.
+
+    server  --download-->  SHARD  --tokenise-->  SHARD.TOKENIZER.STAMP.tokens  -->  data.py
+
+A folder is read without its subfolders. Files named val, valid, validation, dev or eval are validation. If
+any are named train, only they are training text, else all others are. Hidden files, test sets, licences and
+readmes are not read. One line names what is read and what is not.
+
+The stamp is of the source's name, size and time. A changed source gets a new token file; the old one goes.
+Every file is written as NAME.part, locked by its writer, and renamed when whole. No other is half a file, and
+no work is done twice. A process of lowest priority makes the next shard: a thread would hold Python's lock.
+
+Left out on purpose: Hugging Face's `datasets`, Windows (fcntl).
+"""
+import fcntl
+import gzip
+import hashlib
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.request
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+JSON_LINES, TEXT = (".json", ".jsonl", ".json.gz", ".jsonl.gz"), (".txt", ".txt.gz")
+# What a file of a folder is, by its name. A word counts if it stands alone, not among letters or other words:
+# constraints.txt and "Girl on the Train.txt" are plain text.
+WORDS = re.compile(
+    r"(?i)(?<![a-z])(?<![a-z] )(?:(?P<train>train)|(?P<val>val|valid|validation|dev|eval|evaluation)|"
+    r"(?P<rest>test|readme|licen[cs]e|copying|copyright|notice|changelog|^\..*))(?:ing|set|data)?(?! ?[a-z])")
+BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def tell(line: str, always: bool = False):
+    """One line to the user, of one process of many unless `always`. It tears no progress bar."""
+    if always or os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # a terminal that is gone ends nothing
+            tqdm.write("\r\033[K" * sys.stderr.isatty() + line, file=sys.stderr)
+
+
+def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: bool = False):
+    """Shards in reading order, two lists: for training, and for validation if it has files of its own. `say`
+    tells what is read, in one line. ValueError says what is wrong."""
+    folder = Path(data_dir or "data")
+    if data == "c4":
+        if "{}" not in data_url:
+            raise ValueError(f"data_url {data_url!r} needs a {{}} where the file's name goes")
+
+        def c4(kind, count):
+            for i in range(count):
+                name = f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz"
+                yield Shard(name, [folder / name], folder, tokenizer, data_url.replace("{}", name))
+
+        return [*c4("train", 1024)], [*c4("validation", 8)]
+    if data == "python":
+        return [[Shard(f"python-{split}", python_files(split), folder, tokenizer, mix=True)]
+                for split in ("train", "val")]
+    train, val, rest = sort_files(Path(data))
+    if say:
+        held = "the last 1% of each shard, as there is no file for it"
+        tell(f"{data}: training on {named(train)}; validation on {named(val) if val else held}; "
+             f"not read: {named(rest, 20)}")
+    if data_dir is None and os.access(train[0].parent, os.W_OK):
+        folder = train[0].parent
+    splits = []
+    for split, files in (("train", train), ("val", val)):
+        texts = [file for file in files if file.name.lower().endswith(TEXT)]
+        splits.append([Shard(file.name, [file], folder, tokenizer) for file in sorted({*files} - {*texts})])
+        if texts:  # together one shard, each a document
+            splits[-1].append(Shard(f"{Path(data).resolve().name}-{split}", texts, folder, tokenizer))
+    return splits
+
+
+def sort_files(path):
+    """Files for training, for validation, and not read. A file named by itself is for training."""
+    try:
+        if not path.exists():
+            raise ValueError(f"data path {path} does not exist (other values of data: c4, python)")
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        texts = [file for file in files if file.is_file() and file.name.lower().endswith(JSON_LINES + TEXT)]
+        words = {file: {word.lastgroup for word in WORDS.finditer(file.name) if file != path}
+                 for file in texts}
+        val = [file for file in texts if "val" in words[file] and "rest" not in words[file]]
+        train = [file for file in texts if words[file] == {"train"}]
+        train = train or [file for file in texts if not words[file]]
+        for file in train + val:
+            open(file, "rb").close()  # what cannot be read is told now, not when training comes to it
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not train:
+        raise ValueError(f"{path} holds no training text {JSON_LINES + TEXT}; found: {named(files)}")
+    return train, val, sorted({*files} - {*train, *val})
+
+
+def named(files, most=6):
+    """The names of `files`, of very many the first. Token files are ours, and not named."""
+    names = [file.name + "/" * file.is_dir() for file in files
+             if not re.search(r"\.[0-9a-f]{12}\.tokens", file.name)]
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join(names[:most] + more) or "nothing"
+
+
+def python_files(split: str) -> list[Path]:
+    """This machine's standard library, without tests and tables, in the order of a hash of each file's name.
+    By the same hash one file in 20 is validation."""
+    root = Path(os.__file__).parent
+    leave = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
+             "encodings", "pydoc_data"}
+    tops = [top for top in root.iterdir() if top.name not in leave]
+    names = [file.relative_to(root) for top in tops for file in [top, *top.rglob("*.py")]]
+    names = [name for name in names if name.suffix == ".py" and not leave.intersection(name.parts)]
+    number = {name: int(hashlib.sha1(name.as_posix().encode()).hexdigest(), 16) for name in names}
+    chosen = [name for name in names if (number[name] % 20 == 0) == (split == "val")]
+    return [root / name for name in sorted(chosen, key=number.get)]
+
+
+@dataclass
+class Shard:
+    """What becomes one token file: a file of json lines, or many of text."""
+    name: str
+    files: list[Path]
+    folder: Path  # of the token file
+    tokenizer: object  # data.Tokenizer
+    url: str = ""  # where files[0] comes from, if it is not there
+    mix: bool = False  # long documents, whose parts are to be shuffled
+
+    def token_files(self):
+        """Those there are: none, one, or an outdated one as well."""
+        prefix = f"{self.name}.{self.tokenizer.name}."
+        return [file for file in self.folder.glob("*.tokens") if file.name.startswith(prefix)]
+
+    def prepare(self, background: bool = False) -> Path:
+        """The token file, made if need be. ValueError says what is wrong, OSError what source is gone."""
+        there = self.token_files()
+        if self.url and not self.files[0].exists():
+            if there:
+                return there[0]  # C4 does not change: tokens stay good when the download is deleted
+            make(self.files[0], lambda file: download(self.url, file, background), resumable=True)
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        stamp = hashlib.sha1(repr(stats).encode()).hexdigest()[:12]
+        path = self.folder / f"{self.name}.{self.tokenizer.name}.{stamp}.tokens"
+        make(path, lambda file: self.tokenizer.tokenise(self, file, background))
+        for old in set(there) - {path}:
+            old.unlink(missing_ok=True)
+        return path
+
+    def prefetch(self):
+        """Starts the process that prepares this shard beside training."""
+        shard = pickle.dumps(self)  # by hand, so that the tokenizer is loaded where errors are told
+        context = multiprocessing.get_context("spawn")
+        context.Process(target=prepare_beside, args=(shard,), daemon=True).start()
+
+
+def prepare_beside(shard):
+    """Body of that process. Its errors are told and stop nothing: training comes to them in its time."""
+    parent = multiprocessing.parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, even a killed one
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # tqdm's own would outlive it, and Python complain
+    os.nice(19)
+    with suppress(AttributeError, OSError):  # Linux has a class below that: only what nobody else wants
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        pickle.loads(shard).prepare(background=True)
+    except (ValueError, OSError) as error:
+        tell(f"the next shard could not be made ready ahead ({error}); it is tried again later", always=True)
+
+
+def sweep(shards: list[Shard], keep: int):
+    """Deletes token files and downloads of `shards`, but nothing that another run is just filling."""
+    names = tuple(f"{shard.name}.{shard.tokenizer.name}." for shard in shards)
+    old = [file for ending in ("", ".part") for file in shards[0].folder.glob("*.tokens" + ending)
+           if file.name.startswith(names)]
+    old += [Path(f"{shard.files[0]}{ending}") for ending in ("", ".part") for shard in shards if shard.url]
+    for file in old:
+        with suppress(FileNotFoundError, BlockingIOError), open(file, "r+b") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+            tell(f"{file.name} deleted, as keep_shards is {keep}")
+
+
+def make(path: Path, write, resumable: bool = False):
+    """Has `write(file)` fill `path` unless it is there. Who locks PATH.part writes, others wait. A lock ends
+    with its process, however that ends. ValueError if the disk does not take the file."""
+    part = Path(f"{path}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not path.exists():
+            with open(part, "ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if path.exists():  # another process made it while this one waited
+                    part.unlink(missing_ok=True)
+                elif os.fstat(file.fileno()).st_nlink:  # 0: another gave up and removed it
+                    try:
+                        write(file)
+                        file.flush()
+                        os.fsync(file.fileno())
+                        part.rename(path)
+                    except BaseException:
+                        if not resumable:
+                            part.unlink(missing_ok=True)
+                        raise
+    except OSError as error:
+        raise ValueError(f"{path} could not be made: {error} (--data_dir names another folder)") from None
+
+
+def download(url: str, file, background: bool):
+    """Appends to `file` what it lacks of `url`. After trouble it waits as long as the server says, at most an
+    hour, else 1, 2, 4 ... 600 s. ValueError after 4 attempts without progress. In the background it is 40:
+    some six hours, a night without network."""
+    path, failures = Path(file.name.removesuffix(".part")), 0
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            return fetch(url, file, path.name, background)
+        except (OSError, HTTPException, *BAD_GZIP) as error:
+            if isinstance(error, BAD_GZIP) or getattr(error, "code", 0) == 416:
+                file.truncate(0)  # 416: it is longer than the server's
+            failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
+            if failures >= (40 if background else 4):
+                raise ValueError(f"{url} could not be downloaded ({error}): start again to go on from "
+                                 f"{file.name}, or bring {path.name} into {path.parent} by other means; "
+                                 "--data python needs no download") from None
+            wait = min(2 ** (failures - 1), 600)
+            after = getattr(error, "headers", {}).get("Retry-After") or ""
+            with suppress(ValueError):  # neither seconds nor a date
+                if not after.isdigit():
+                    after = parsedate_to_datetime(after).timestamp() - time.time() + 1
+                wait = min(max(int(after), wait // 8), 3600)  # // 8: a "0" must not use up the patience
+            tell(f"{path.name}: {error}; trying again in {wait} s", always=True)
+            time.sleep(wait)
+
+
+def fetch(url, file, name, background):
+    """One attempt of `download`. An error if length or gzip checksum are wrong in the end."""
+    have = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.status != 206:  # all of it, from the start
+            have = file.truncate(0)
+        total = have + int(answer.headers["Content-Length"] or 0)
+        with tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, disable=background) as bar:
+            while block := answer.read(1 << 20):
+                bar.update(file.write(block))
+    if (have := file.seek(0, os.SEEK_END)) < total:
+        raise OSError(f"connection ended at byte {have} of {total}")
+    with gzip.open(file.name) as check:
+        while check.read(1 << 20):
+            pass
