@@ -1405,7 +1405,7 @@ def test_config_of_both_transformers_generations(tmp_path):
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"), (dict(model_type="qwen3"), "model_type is 'qwen3'"),
     (dict(model_type=None), "model_type is None"), (dict(model_type="mistral"), "sliding_window is 4096"),
     (dict(quantization_config=dict(bits=4)), "quantization_config is"), (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None), "head_dim 10.6667"),
-    (dict(hidden_size=None), "config.json.*hidden_size"), (dict(num_key_value_heads=3), "must be a multiple"), (dict(head_dim=7), "even ")])
+    (dict(hidden_size=None), "config.json.*hidden_size"), (dict(num_key_value_heads=3), "not a multiple"), (dict(head_dim=7), "not even")])
 def test_configs_that_would_be_misread_are_refused(change, sentence, tmp_path):
     """A config.json whose model is not this one gives a sentence that names the field and its value."""
     tiny().save_pretrained(tmp_path)
@@ -1545,6 +1545,21 @@ def test_meta_fake_and_narrow_construction():
         fake.activation_checkpointing = True
         fake(torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)).backward()
         assert fake.lm_head.weight.grad.shape == (32000, 512)
+
+
+def test_a_forks_weights_start_as_they_should(monkeypatch):
+    """Experts stacked into one 3-D weight start as N(0, 0.02), biases at zero, norms at one."""
+    class Experts(model_file.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.experts = nn.Parameter(torch.empty(4, config.intermediate_size, config.hidden_size))
+            self.up_proj.bias = nn.Parameter(torch.empty(config.intermediate_size))
+
+    monkeypatch.setattr(model_file, "MLP", Experts)
+    torch.manual_seed(0)
+    for block in Llama(Config(**TINY)).model.layers:
+        assert abs(block.mlp.experts.std() - 0.02) < 1e-3 and abs(block.mlp.experts.mean()) < 1e-3
+        assert not block.mlp.up_proj.bias.any() and (block.input_layernorm.weight == 1).all()
 
 
 def test_activation_checkpointing_changes_memory_not_numbers():

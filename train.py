@@ -50,7 +50,8 @@ from tqdm import tqdm
 import galore
 from adam8bit import BLOCK, SLICE, SMALLEST
 from data import C4_URL, EndOfData, get_tokenizer, open_data
-from model import CHUNK_LOGITS, SIZES, Config, Llama, read_config
+from model import CHUNK_LOGITS, SIZES, Config, Llama
+from plumbing.hf import read_config
 
 # Steps, rank and T of the paper (tables 2 and 5; 7B: section 5.2); 0.01 and 0.001 are its learning rates, 512 x 256 its batch. muon_lr is
 # measured at toy size only.
