@@ -3638,6 +3638,19 @@ def test_formulas_of_the_variants():
             torch.testing.assert_close(step - P @ N, outside, rtol=0, atol=1e-3)
 
 
+def test_the_gpu_script_runs_on_a_cpu(tmp_path):
+    """experiments/gpu.py --quick: parts run each in its own process, give figures and bars, and are not run a second time."""
+    out, parts = tmp_path / "gpu-quick.json", ["preflight", "7b_256"]
+    command = [sys.executable, str(HERE / "experiments" / "gpu.py"), "--quick", "--device", "cpu", "--alone", "--out", str(out), "--parts", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not re.search("^Traceback", done.stderr, re.M), done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(parts, "done"), done.stdout[-2000:]
+    assert found["parts"]["7b_256"]["rows"][1]["tokens/s"] > 0
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "status running" not in again.stdout
+
+
 def test_glue(tmp_path):
     """experiments/glue.py --quick: all five methods learn GLUE's files through transformers and peft; GaLore's state is 4 r (m + 2n)
     bytes a matrix, full fine-tuning's Adam's two values."""
