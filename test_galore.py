@@ -554,8 +554,8 @@ def test_the_gap_may_change():
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
 def test_any_orthonormal_basis_will_do(way, monkeypatch):
-    """torch.linalg.qr's Q is not contiguous. It differs from Cholesky-QR's in signs of columns, which Adam does
-    not see: P spans the same after all refreshes, and the weights are the same."""
+    """torch.linalg.qr's Q is not contiguous. It differs from Cholesky-QR's in signs of columns, which Adam
+    does not see: P spans the same after all refreshes, and the weights are the same."""
     model, opt = trained(way)
     monkeypatch.setattr(galore, "orthonormal", lambda Y: torch.linalg.qr(Y)[0])
     other, twin = trained(way)
@@ -660,7 +660,7 @@ def test_a_state_that_does_not_fit_is_refused(case, way, monkeypatch):
     if optimiser == "galore_torch":
         optimiser = oracle("galore_torch", "galore-torch").GaLoreAdamW
     model = Net().to(dtype)
-    groups = [dict(update_proj_gap=9, scale=1, proj_type="std") | group for group in param_groups(model, rank)]
+    groups = [dict(update_proj_gap=9, scale=1, proj_type="std") | g for g in param_groups(model, rank)]
     other = optimiser(groups, **options)
     for _ in range(steps):
         model(*batch(0)).backward()
@@ -889,8 +889,8 @@ def test_a_gradient_penalty_is_refused():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_too_many_gradients_are_explained(shared):
-    """A shared layer under reentrant checkpointing, and a step given up with the model's zero_grad, give a weight
-    more gradients than were announced. The sentence names both."""
+    """A shared layer under reentrant checkpointing, and a step given up with the model's zero_grad, give a
+    weight more gradients than were announced. The sentence names both."""
     from torch.utils.checkpoint import checkpoint
 
     one = nn.Linear(24, 24)

@@ -34,7 +34,6 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -190,8 +189,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
         config = Config(**checkpoint["config"])
     elif args.init:
         config = read_config(Path(args.init))
-        refuse(any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer of its own, which is not read yet. "
-               "If --tokenizer gives the very same ids, copy config.json and the weights to another folder.")  # fmt: skip
+        refuse(any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer of its own, which is not read. "
+               "If --tokenizer gives the same ids, copy config.json and the weights to another folder.")  # fmt: skip
     else:
         default(vocab_size=-(-(N_VOCAB.get(args.tokenizer) or get_tokenizer(args.tokenizer).n_vocab) // 64) * 64)
         config = Config(vocab_size=args.vocab_size, max_position_embeddings=max(2048, args.seq_len), **SIZES[args.size])
@@ -303,7 +302,7 @@ def show_plan(config: Config, args: argparse.Namespace, said: str) -> None:
     unit, size = ("GB", 1e9) if peak(config, args) > 1 else ("MB", 1e6)
     for kind in ours:
         tell(f"{kind:<31}{ours[kind] / size:9.3f} {unit}{theirs[kind] / size:15.3f} {unit}")
-    where = "no GPU here; a 24 GiB card" if args.card else args.device
+    where = "no GPU here; a 24 GB card" if args.card else args.device
     tell(f"{accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} tokens a step; {where} has {free:.2f} GB for it"
          f"{'' if peak(config, args) < free else ': THIS RUN DOES NOT FIT'}")  # fmt: skip
     if said:
@@ -322,7 +321,7 @@ def with_(args: argparse.Namespace, **changes) -> argparse.Namespace:
 
 def free_memory(args: argparse.Namespace) -> float:
     """GB that a run may take on the device, of all its devices the fullest; infinite if that cannot be known; for a plan without a GPU, a
-    24 GiB card's."""
+    24 GB card's."""
     free = math.inf
     if args.device.startswith("cuda"):
         free = 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9  # the rest goes to workspaces of kernels, and to gaps
@@ -417,7 +416,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def seal(what: dict) -> int:
-    """A checksum of names, values, and of tensors their shapes and types. (Of their values the file has its own.)"""
+    """A checksum of names and values, of tensors shapes and types (of their values the file has one itself)."""
     return zlib.crc32(json.dumps(what, default=lambda tensor: f"{tensor.dtype} {tensor.shape}").encode())
 
 
@@ -427,14 +426,14 @@ def read_checkpoint(folder: str | None) -> dict:
     refuse(not folder, f"--resume needs --out_dir, the folder of the run to go on with; there are: {runs}")
     refuse(not checkpoints(Path(folder)), f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start there")
     *older, path = checkpoints(Path(folder))
-    instead = f"without it the run goes on from {older[-1].name}" if older else "take another --out_dir to start anew"
+    instead = f"delete it to go on from {older[-1].name}" if older else "take another --out_dir to start anew"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        refuse(ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint), "it is not as it was saved")
+        refuse(ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint), "changed")
         return checkpoint
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
-        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short, damaged or edited, "
-                         f"or is no checkpoint of this version; {instead}") from None  # fmt: skip
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, or is no "
+                         f"checkpoint of this version; {instead}") from None  # fmt: skip
 
 
 def choose_out_dir(args: argparse.Namespace) -> None:
@@ -491,16 +490,16 @@ class Log:
         if not lines or kept(args) != checkpoint["args"]:
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
             versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu, processes=world())
-            start = dict(args=vars(args), versions=versions, parameters=parameters, step=checkpoint["step"] if checkpoint else 0)
-            lines.append(json.dumps(start).encode() + b"\n")
+            start = dict(args=vars(args), versions=versions, parameters=parameters)
+            lines.append(json.dumps(start | dict(step=checkpoint["step"] if checkpoint else 0)).encode() + b"\n")
         self.path.with_suffix(".part").write_bytes(b"".join(lines))
         self.path.with_suffix(".part").replace(self.path)
         self.lines = len(lines)
 
     def add(self, **line) -> None:
         if RANK == 0:
-            null = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}  # json has no NaN
-            self.waiting.append(line | null)
+            null = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            self.waiting.append(line | null)  # JSON has no NaN
             self.lines += 1
 
     def write(self) -> bool:
@@ -586,11 +585,11 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch, show) -> dict:
 
 
 def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> galore.GaLoreAdamW:
-    """The optimiser, and the model made ready for it, as the arguments say; both as they were in `checkpoint`. ValueError."""
+    """The optimiser, and the model made ready for it, as the arguments say. Both go on from `checkpoint`. ValueError."""
     model.activation_checkpointing = args.activation_checkpointing
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else [dict(params=list(model.parameters()))]
-    rest = groupby(groups.pop()["params"], lambda p: p.ndim >= 2)  # in their order, on which rounding depends
-    groups += [dict(params=list(ps), weight_decay=args.weight_decay * matrices) for matrices, ps in rest]  # norms: none
+    # The rest: embedding, head and norms; without GaLore all. Norms do not decay.
+    groups += [dict(params=[p], weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
     opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
                              exact=args.exact, compile=args.compile, seed=args.seed, muon=args.muon)  # fmt: skip
     if args.layerwise:
@@ -600,9 +599,9 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
             block.compile(fullgraph=True, dynamic=False)
     if checkpoint:
         refuse(seal(model.state_dict()) != seal(checkpoint["model"]),
-               f"the run in {args.out_dir} has other weights than this model.py makes: take the one that it began with")  # fmt: skip
-        model.load_state_dict(checkpoint.pop("model"))  # popped: a live tensor of the file keeps its room on disk taken
-        groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]  # what is said now
+               f"the run in {args.out_dir} has other weights than this model.py makes: take the one it began with")
+        model.load_state_dict(checkpoint.pop("model"))  # pop: a live tensor of the file keeps its room on disk taken
+        groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]  # as said now
         opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))
         opt.skipped = torch.tensor(float(checkpoint["skipped"]), device=args.device)
     return opt
@@ -810,7 +809,7 @@ def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said:
 
 def main() -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed ones are None
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # not every terminal has all letters of a sample
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters of the sample
     parser, brake = arguments(), Brake()
     args = parser.parse_args()
     args.processes = world()
@@ -841,7 +840,7 @@ def main() -> None:
         stream = open_data(args.data, tokenizer, "train", args.seq_len, state=checkpoint and checkpoint["data"], **where)
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
         refuse((val.tokens[1 : args.eval_tokens + 1] == tokenizer.eot).all(),
-               f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take another file")  # fmt: skip
+               f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take another file")
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
