@@ -433,8 +433,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
         """leaf.grad has a micro-batch more. After the last one the weight moves, unless the norm is to be known first."""
         self.passes[p] = self.passes.get(p, 0) + 1
-        check(self.passes[p] <= self.accumulate, f"a weight got more than {self.accumulate} gradients before "
-              "opt.step() or opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
+        if self.passes[p] > self.accumulate:
+            raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
+                               "opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
         if self.passes[p] == self.accumulate and self.max_norm is None:
             if not self.norms and dist.is_initialized():  # the first of its backward pass
                 self.agree([p, *filter(self.coming, self.group)])

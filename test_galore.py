@@ -154,7 +154,8 @@ def test_small_gradients_beside_large_ones_step_as_in_fp32(gap):
                     for bits in (32, 8))  # fmt: skip
     for t in range(1, 31):
         G = torch.randn(8, 512, generator=g) * size
-        N, ours = (adam8bit.adam_(G, state, (0.9, 0.999), 1e-12, t, torch.ones(()), YES) for state in (wide, narrow))
+        bias = [torch.tensor(1 - beta**t) for beta in (0.9, 0.999)]
+        N, ours = (adam8bit.adam_(G, state, (0.9, 0.999), 1e-12, *bias, torch.ones(()), YES) for state in (wide, narrow))
         error = (ours - N).abs()
         assert error.max() < 5
         for i in range(6):  # each decade has half as many codes as the one above
@@ -863,7 +864,7 @@ def test_thin_refusals():
     with pytest.raises(ValueError, match="outside its nn.Linear"):
         opt.step()
     opt.zero_grad()
-    with pytest.raises(ValueError, match="more than 1 gradients"):
+    with pytest.raises(RuntimeError, match="more than 1 gradients"):
         for _ in range(2):
             model(*batch(0)).backward()
     for compiled in (torch.compile(Net()), Net()):
