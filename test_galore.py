@@ -3182,7 +3182,7 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
     matrices = [s for p, s in states.items() if "P" in s]
     assert table["weights"] == sum(p.nbytes for p in model.parameters())
     assert table["P"] == sum(x.nbytes for s in matrices for k, x in s.items() if k[0] == "P")
-    others, moments = [s for s in states.values() if "P" not in s], {"M", "M_scale", "V", "V_scale"}
+    others, moments = [s for s in states.values() if "P" not in s], {"M", "M_scale", "V", "V_root_scale"}
     for kind, some in (("M, V of the matrices", matrices), ("M, V of embedding, head, norms", others)):
         assert table[kind] == sum(x.nbytes for s in some for k, x in s.items() if k in moments)
 
