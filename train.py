@@ -189,8 +189,8 @@ def settle(args: argparse.Namespace, checkpoint: dict | None) -> Config:
         config = Config(**checkpoint["config"])
     elif args.init:
         config = read_config(Path(args.init))
-        refuse(any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer of its own, which is not read. "
-               "If --tokenizer gives the same ids, copy config.json and the weights to another folder.")  # fmt: skip
+        refuse(any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer, which is not read. "
+               "If --tokenizer gives the same ids, copy config.json and the weights to another folder.")
     else:
         default(vocab_size=-(-(N_VOCAB.get(args.tokenizer) or get_tokenizer(args.tokenizer).n_vocab) // 64) * 64)
         config = Config(vocab_size=args.vocab_size, max_position_embeddings=max(2048, args.seq_len), **SIZES[args.size])
@@ -416,7 +416,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def seal(what: dict) -> int:
-    """A checksum of names and values, of tensors shapes and types (of their values the file has one itself)."""
+    """A checksum of names, values, and of tensors shapes and types. (Of their values the file has one.)"""
     return zlib.crc32(json.dumps(what, default=lambda tensor: f"{tensor.dtype} {tensor.shape}").encode())
 
 
@@ -432,8 +432,8 @@ def read_checkpoint(folder: str | None) -> dict:
         refuse(ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint), "changed")
         return checkpoint
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
-        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, or is no "
-                         f"checkpoint of this version; {instead}") from None  # fmt: skip
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, "
+                         f"or is no checkpoint of this version; {instead}") from None
 
 
 def choose_out_dir(args: argparse.Namespace) -> None:
@@ -490,8 +490,8 @@ class Log:
         if not lines or kept(args) != checkpoint["args"]:
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
             versions = dict(python=platform.python_version(), torch=torch.__version__, cpu_threads=torch.get_num_threads(), gpu=gpu, processes=world())
-            start = dict(args=vars(args), versions=versions, parameters=parameters)
-            lines.append(json.dumps(start | dict(step=checkpoint["step"] if checkpoint else 0)).encode() + b"\n")
+            start = dict(step=checkpoint["step"] if checkpoint else 0, args=vars(args))
+            lines.append(json.dumps(start | dict(versions=versions, parameters=parameters)).encode() + b"\n")
         self.path.with_suffix(".part").write_bytes(b"".join(lines))
         self.path.with_suffix(".part").replace(self.path)
         self.lines = len(lines)
@@ -585,11 +585,15 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch, show) -> dict:
 
 
 def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> galore.GaLoreAdamW:
-    """The optimiser, and the model made ready for it, as the arguments say. Both go on from `checkpoint`. ValueError."""
+    """The optimiser, and the model made ready for it, as the arguments say. Both go on from `checkpoint`.
+
+    Raises:
+        ValueError: the checkpoint is of another model or another optimiser.
+    """
     model.activation_checkpointing = args.activation_checkpointing
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else [dict(params=list(model.parameters()))]
-    # The rest: embedding, head and norms; without GaLore all. Norms do not decay.
-    groups += [dict(params=[p], weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
+    # The rest (embedding, head and norms; without GaLore all): norms do not decay.
+    groups += [dict(params=p, weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
     opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
                              exact=args.exact, compile=args.compile, seed=args.seed, muon=args.muon)  # fmt: skip
     if args.layerwise:
@@ -599,10 +603,10 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
             block.compile(fullgraph=True, dynamic=False)
     if checkpoint:
         refuse(seal(model.state_dict()) != seal(checkpoint["model"]),
-               f"the run in {args.out_dir} has other weights than this model.py makes: take the one it began with")
-        model.load_state_dict(checkpoint.pop("model"))  # pop: a live tensor of the file keeps its room on disk taken
-        groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]  # as said now
-        opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))
+               f"the run in {args.out_dir} has other weights than this model.py makes: go back to that one")
+        model.load_state_dict(checkpoint.pop("model"))  # pop: a live tensor of the file keeps it on the disk
+        groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]
+        opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))  # options as said now
         opt.skipped = torch.tensor(float(checkpoint["skipped"]), device=args.device)
     return opt
 
@@ -700,9 +704,9 @@ class Stopwatch:
 
 def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said: str, checkpoint: dict | None, tokenizer, stream, val, log: Log, brake: Brake) -> None:
     """To the last step, or to where it is asked to end, or has a problem."""
-    device, config = torch.device(args.device), model.config
+    device, past = torch.device(args.device), checkpoint or dict(step=0, skipped=0, scores={})
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
-    step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores")) if checkpoint else (0, 0, {})
+    step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
 
     # what is going to happen
     n, inside = model.num_parameters(), sum(p.numel() for group in opt.param_groups for p in group["params"] if group["rank"])
@@ -711,8 +715,8 @@ def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said:
     tell(f"{method}; {args.state_bits}-bit moments, {'layer-wise update' if args.layerwise else 'one update for all weights'}, clipping {args.grad_clipping or 'off'}")
     tell(f"lr {args.lr:g} after {args.warmup_steps:,} steps of warm-up, cosine to {args.lr * args.min_lr_ratio:g}, weight decay {args.weight_decay:g}")
     tell(f"{args.steps:,} steps of {step_tokens:,} tokens ({accumulate} x {world()} x {args.batch_size} sequences of {args.seq_len}), {args.steps * step_tokens / 1e6:,.2f} M "
-         f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {config.vocab_size:,}")  # fmt: skip
-    show_plan(config, args, said)
+         f"in all; data {args.data}, tokenizer {args.tokenizer}, vocabulary {args.vocab_size:,}")  # fmt: skip
+    show_plan(model.config, args, said)
 
     brake.idle = False
     folder, watch = Path(args.out_dir), Stopwatch(device)
@@ -751,7 +755,7 @@ def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said:
     def write_checkpoint(position: dict) -> bool:
         nonlocal saved
         if RANK == 0 and log.write() and save(folder, args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=position, skipped=skipped,
-                                              scores=scores, log_lines=log.lines, config=asdict(config), args=kept(args)):  # fmt: skip
+                                              scores=scores, log_lines=log.lines, config=asdict(model.config), args=kept(args)):  # fmt: skip
             saved = step
         return saved == step
 
@@ -840,7 +844,7 @@ def main() -> None:
         stream = open_data(args.data, tokenizer, "train", args.seq_len, state=checkpoint and checkpoint["data"], **where)
         val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
         refuse((val.tokens[1 : args.eval_tokens + 1] == tokenizer.eot).all(),
-               f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take another file")
+               f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take others")
         torch.manual_seed(args.seed)
         dtype = getattr(torch, args.dtype)
         model = Llama.from_pretrained(args.init, dtype).to(args.device) if args.init and not checkpoint else Llama(config, args.device, dtype)
