@@ -47,6 +47,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import galore
+from thin import thin
 from adam8bit import BLOCK, SLICE, SMALLEST
 from data import C4_URL, EndOfData, get_tokenizer, open_data
 from model import CHUNK_LOGITS, SIZES, Config, Llama
@@ -594,10 +595,10 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     groups = galore.param_groups(model, args.rank, args.update_proj_gap, args.galore_scale) if args.galore else [dict(params=list(model.parameters()))]
     # The rest (embedding, head and norms; without GaLore all): norms do not decay.
     groups += [dict(params=p, weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
-    opt = galore.GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
-                             exact=args.exact, compile=args.compile, seed=args.seed, muon=args.muon)  # fmt: skip
+    opt = (galore.Exact if args.exact else galore.GaLoreAdamW)(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, max_norm=args.grad_clipping or None,
+                             compile=args.compile, seed=args.seed, direction="muon" if args.muon else "adam")  # fmt: skip
     if args.layerwise:
-        galore.thin(model, opt, accumulation(args), args.activation_checkpointing)
+        thin(model, opt, accumulation(args), args.activation_checkpointing)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
@@ -720,7 +721,7 @@ def train(model: Llama, opt: galore.GaLoreAdamW, args: argparse.Namespace, said:
 
     brake.idle = False
     folder, watch = Path(args.out_dir), Stopwatch(device)
-    opt.collect, opt.move, opt.refresh = watch.timed("optimiser", opt.collect), watch.timed("optimiser", opt.move), watch.timed("refresh", opt.refresh)
+    opt.project, opt.move = watch.timed("optimiser", opt.project), watch.timed("optimiser", opt.move)
     fetch = watch.timed("data", brake.fetch)
     bar = tqdm(total=args.steps, initial=step, dynamic_ncols=True, smoothing=0, disable=RANK != 0 or not sys.stderr.isatty(),
                bar_format="{n_fmt}/{total_fmt}, {remaining} left{postfix} {bar}")  # fmt: skip

@@ -1,0 +1,203 @@
+"""
+The gradient that is never formed: R = P'G straight out of the backward pass, and each weight moved as it comes.
+
+The gradient of a linear layer is a product over tokens, G = D'X, with D (tokens x out) the gradient at its output
+and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in the other order: R = (D P)'X. In this
+order G never exists, and the product costs 2 r (m + n) operations per token, not 2 m n.
+
+    x ----> F.linear(x, W) ----> Tap ----> y          forward: y is what it always was
+    x ----> ThinLinear(x, proxy) ---^                 `link`: a tensor of y's shape that owns one number
+                       proxy.grad <---- R <---- D     backward: Tap hands D to both; ThinLinear turns it into R
+
+1. Tap gives D to `link`, beside y. W itself is detached, so autograd makes no G.
+2. ThinLinear returns R as the gradient of a *proxy*, a leaf of R's shape that owns one number. Autograd sums R in
+   proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at rank-r memory.
+3. In a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
+   M stands still during a step, so Y is linear in G, too.
+4. On the last micro-batch the proxy's hook moves W, and R is dropped: the layer-wise update. With max_norm all R
+   wait for opt.step(), until the norm is known.
+
+Why two functions? Checkpointing computes a block again only up to its last saved tensor. ThinLinear saves x before
+F.linear, so the block's last product is not repeated.
+
+    opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
+    thin(model, opt, accumulate=4)
+    for x, y in four_micro_batches: (model(x, y) / 4).backward()
+    opt.step()
+
+References: CompAct, arXiv 2410.15352, has the same algebra for a random P on the input side, without accumulation.
+Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09782.
+"""
+
+import sys
+import warnings
+import weakref
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adam8bit import dequantise, scale_key
+from galore import Exact, GaLoreAdamW, average, check, orthonormal
+
+
+class ThinLinear(torch.autograd.Function):
+    """Stands beside y = x W', and gives R as the gradient of a proxy.
+
+    As `rows` sees G it is A'B, where A is the side of D and X that is projected: R = (A P)'B, and Y' = (B M')'A.
+    Where the input is projected, A P = X P is known in the forward pass, and saved in place of X.
+    """
+
+    @staticmethod
+    def forward(ctx, x, proxy, out: int, input_side: bool, checkpointed: bool, P, P_scale, M, M_scale):
+        ctx.input_side, XP = input_side, None
+        if input_side and not checkpointed:  # with checkpointing this forward pass saves nothing
+            XP = x.reshape(-1, x.shape[-1]) @ dequantise(P, P_scale, True).to(x.dtype)
+        ctx.save_for_backward(x if XP is None or M is not None else None, XP, P, P_scale, M, M_scale)
+        return x.new_zeros(1).expand(*x.shape[:-1], out)  # owns one number
+
+    @staticmethod
+    def backward(ctx, D):
+        x, XP, P, P_scale, M, M_scale = ctx.saved_tensors
+        D = D.reshape(-1, D.shape[-1])
+        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # the casts matter under autocast only
+        A, B = (X, D) if ctx.input_side else (D, X)
+        AP = A @ dequantise(P, P_scale, True).to(D.dtype) if XP is None else XP.to(D.dtype)
+        R = AP.T @ B
+        if M is not None:
+            R = torch.cat([R, (B @ dequantise(M, M_scale, True).to(D.dtype).T).T @ A], 1)
+        return None, R, *[None] * 7
+
+
+class Tap(torch.autograd.Function):
+    """y as it is, whose gradient goes to `link` as well."""
+
+    @staticmethod
+    def forward(ctx, y, link):
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # else second-order terms would be lost in silence
+    def backward(ctx, D):
+        return D, D
+
+
+class ThinModule(nn.Linear):
+    """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight, `proxy`,
+    where R arrives, and `due`: does Y come as well?"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
+        (out, into), state = self.weight.shape, self.galore
+        P, M = ((state[name], state.get(scale_key(name))) for name in "PM")
+        stored = *P, *(M if self.due else (None, None))
+        link = ThinLinear.apply(x, self.proxy, out, out >= into, self.checkpointed, *stored)
+        return Tap.apply(F.linear(x, self.weight.detach(), self.bias), link)
+
+
+class ThinUpdate:
+    """What `thin` adds to an optimiser: gradients arrive at proxies, and each weight moves when its last one has."""
+
+    def arm(self) -> None:
+        """Gives the thin layers, for the next step, their state and their proxies."""
+        super().arm()
+        self.zero_grad()
+        for module in self.modules:
+            p = module.weight
+            module.galore, module.due = self.init(p), p in self.turning
+            shape = len(module.galore["M"]), max(p.shape) + min(p.shape) * module.due
+            if p not in self.proxies or self.proxies[p].shape != shape:
+                self.proxies[p] = p.new_zeros(1).expand(shape).requires_grad_()  # owns one number
+                self.proxies[p].register_post_accumulate_grad_hook(self.hook(p))
+            module.proxy = self.proxies[p]
+
+    def leaf(self, p: Tensor) -> Tensor:
+        check(p not in self.proxies or p.grad is None, "a thin weight has a .grad: it was used outside its "
+              "nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
+        return self.proxies.get(p, p)
+
+    def project(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
+        if p not in self.proxies:
+            return super().project(p)
+        both, n = average(self.proxies[p].grad), max(p.shape)
+        return both[:, :n], both[:, n:].T if p in self.turning else None
+
+    def hook(self, p: Tensor | None = None):
+        """Calls `arrived`. Holds the optimiser weakly: a parameter whose hook holds it would never be freed."""
+        arrived = weakref.WeakMethod(self.arrived)
+        return lambda leaf: arrived() and arrived()(leaf if p is None else p, leaf)
+
+    @torch.no_grad()
+    def arrived(self, p: Tensor, leaf: Tensor) -> None:
+        """leaf.grad has a micro-batch more. After the last one the weight moves, unless a norm is to be known."""
+        self.passes[p] = self.passes.get(p, 0) + 1
+        if self.passes[p] > self.accumulate:
+            raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
+                               "opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
+        if self.passes[p] == self.accumulate and self.max_norm is None:
+            if not self.norms and dist.is_initialized():  # the first of its backward pass
+                self.agree([p, *filter(self.coming, self.group)])
+            self.move(p, *self.project(p))
+            leaf.grad = None
+
+    def coming(self, p: Tensor) -> bool:
+        """Will the backward pass under way complete p's gradient? Asked as in register_multi_grad_hook."""
+        leaf = self.proxies.get(p, p)
+        return (leaf.requires_grad and self.passes.get(p, 0) == self.accumulate - 1
+                and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for proxy in self.proxies.values():
+            proxy.grad = None
+        self.passes.clear()
+        self.norms.clear()
+
+
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False) -> None:
+    """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
+
+    From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each weight
+    as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected parameter that is not
+    the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So are biases and norms.
+
+    checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is saved
+    then, not X P, which the forward pass would make in vain.
+
+    Projected weights have no .grad. Clip with max_norm: torch's clip_grad_norm_, and max_grad_norm of transformers'
+    Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the model: start every
+    process from the same weights, and R is averaged here. Checkpoint with use_reentrant=False. Move, cast and load
+    the model before this call. Compile the blocks of the model, not the model. A weight moves during the backward
+    pass: a learning rate set between backward() and step() counts from the next step on. A copy of a thin model
+    computes, but does not train. Hooks on a projected weight are not called, and a gradient penalty, which would
+    have a second-order term there, ends with torch's error "trying to differentiate twice".
+
+    Raises:
+        ValueError: the optimiser is Exact (its SVD needs the full gradient), one of them is thin already, they do
+            not belong together, or the model is compiled as a whole.
+    """
+    check(not isinstance(opt, Exact), "Exact takes an SVD of the full gradient, which the thin way never forms.")
+    check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
+    check(not isinstance(opt, ThinUpdate) and not any(isinstance(m, ThinModule) for m in model.modules()),
+          "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
+    check(any(p in opt.group for p in model.parameters()), "the optimiser holds no weight of this model.")
+    check(not hasattr(model, "_orig_mod") and model._compiled_call_impl is None,
+          "compile the blocks of a thin model one by one: as a whole it would be compiled at each refresh.")
+    if opt.max_norm is None and "transformers.trainer" in sys.modules:
+        warnings.warn("Trainer's max_grad_norm clips nothing: use max_norm of GaLoreAdamW.", stacklevel=2)
+    opt.__class__ = type(f"Thin{type(opt).__name__}", (ThinUpdate, type(opt)), {})
+    linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
+    opt.modules = [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
+    opt.accumulate, opt.proxies, opt.passes = accumulate, {}, {}  # passes: gradients so far, by parameter
+    opt.arm()
+    for module in opt.modules:
+        module.__class__, module.checkpointed = ThinModule, checkpointed
+    for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
+        p.register_post_accumulate_grad_hook(opt.hook())
+    # The backward pass has a thread of its own, and cuSOLVER a handle for each thread, in memory that PyTorch does
+    # not manage. Made in the first refreshing step, it found none left (7B on 23.64 GiB). So it is made now.
+    leaf = torch.eye(2, device=next(iter(opt.group)).device, requires_grad=True)
+    leaf.register_hook(orthonormal)
+    leaf.square().sum().backward()
