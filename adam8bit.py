@@ -166,10 +166,47 @@ def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Te
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
-def differing(state: dict, expected: dict) -> set[str]:
-    """Names under which one has what the other lacks, or has in another shape or type."""
-    form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
-    return {name for name in state | expected if form(state.get(name)) != form(expected.get(name))}
+def check(fine: bool, otherwise: str) -> None:
+    if not fine:
+        raise ValueError(otherwise)
+
+
+class Stored(torch.optim.Optimizer):
+    """An optimiser that saves and loads state as it is: torch's would cast moments to the weights' dtype.
+
+    A subclass says in empty(p, device) what names, dtypes and shapes the state of a parameter has. Its arm()
+    is called whenever groups or state are new.
+    """
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        self.arm()
+
+    def state_dict(self) -> dict:
+        [self.state[p] for group in self.param_groups for p in group["params"]]  # {} if there is none
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Raises ValueError for state that this optimiser would not have made; it stays as it is then."""
+        saved, groups, meta = state_dict["state"], state_dict["param_groups"], torch.device("meta")
+        theirs = [(i, group) for group in groups for i in group["params"]]
+        ours = [p for group in self.param_groups for p in group["params"]]
+        form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
+        for (i, group), p in zip(theirs, ours):
+            expected, found = self.empty(p, meta), saved.get(i, {"": None}) or self.empty(p, meta)
+            odd = {name for name in expected | found if form(found.get(name)) != form(expected.get(name))}
+            odd |= self.defaults.keys() - group.keys()
+            check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up all as it was then.")
+        before = self.state.values()
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for state in before:
+            state.clear()  # thin layers hold the old one, which would live on beside the new one
+        for (i, _), p in zip(theirs, ours):
+            self.state[p] = {k: x.to(p.device, copy=True) if torch.is_tensor(x) else x for k, x in saved[i].items()}
+        self.arm()
+
+    def __getstate__(self):  # copy and pickle ask for it
+        raise TypeError("this optimiser cannot be copied or pickled: load its state_dict() into a new one.")
 
 
 # ----- arithmetic in fp32 on what is stored narrow: functions that compile to a pass over memory ------------

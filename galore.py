@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes, split and pieces cut.
-from adam8bit import SLICE, advance_, compiled, differing, load, move_, norm, pieces, split, store, zeros
+from adam8bit import SLICE, Stored, advance_, check, compiled, load, move_, norm, pieces, split, store, zeros
 
 ONE, YES = torch.ones(()), torch.tensor(True)
 
@@ -131,7 +131,7 @@ DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its 
 # ----- the optimiser ----------------------------------------------------------------------------------------
 
 
-class GaLoreAdamW(torch.optim.Optimizer):
+class GaLoreAdamW(Stored):
     """AdamW, in a subspace where a parameter group has a rank: GaLore. One path for both.
 
     Group keys (galore-torch's, and two more):
@@ -162,7 +162,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ValueError: an argument, or a group's key or dtype, that cannot be honoured.
     """
 
-    basis_in_8_bits = True  # with state_bits=8
+    exact = False
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
@@ -176,16 +176,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.norms = {}  # of each R of the step under way, in the order in which they were averaged
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, t=0,
                          scale=0.25, update_proj_gap=200, offset=0, early_gap=2, proj_type="std"))  # fmt: skip
-        self.register_state_dict_pre_hook(lambda opt: [opt.state[p] for p in opt.group])  # {} if none
-
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        self.arm()
 
     def arm(self) -> None:
         """Before each step: checks the groups, and decides whose P is due. All who ask read `turning`."""
         self.group = {p: group for group in self.param_groups for p in group["params"]}
-        self.index = {p: i for i, p in enumerate(self.group)}
+        self.index = {p: i for i, p in enumerate(self.group)}  # as in state_dict()
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")
@@ -203,12 +198,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def empty(self, p: Tensor, device: torch.device) -> dict:
         """The form of p's state: P (m x r, p's dtype or codes), moments (r x n, or p's shape), its steps t."""
-        rank, narrow = self.group[p]["rank"], self.state_bits == 8
-        if not rank:
-            return dict(t=0) | zeros("MV", p.shape, torch.float32, narrow, device)
-        P = zeros("P", (min(p.shape), rank), p.dtype, narrow and self.basis_in_8_bits, device)
-        names = DIRECTIONS[self.direction][1]
-        return dict(t=0) | P | zeros(names, (rank, max(p.shape)), torch.float32, narrow, device)
+        rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
+        if rank:
+            P = zeros("P", (min(shape), rank), p.dtype, narrow and not self.exact, device)
+            (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
+        return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
 
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
@@ -236,44 +230,40 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def noise(self, p: Tensor, piece: int) -> Tensor | None:
         """Seed of the rounding: depends on the optimiser's seed, parameter and step alone."""
-        mixed = hash((self.seed, self.index[p], self.group[p]["t"] + 1, piece))
-        return torch.tensor(mixed % 2**31, dtype=torch.int32)
+        mixed = hash((self.seed, self.index[p], self.group[p]["t"] + 1, piece)) % 2**31
+        return None if self.exact else torch.tensor(mixed, dtype=torch.int32)
 
     def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink: Tensor = ONE):
         """Moments, weight, and the basis if Y is given. Nothing changes if R is not finite, or `ok` is False.
 
-        Eager, it goes in slices, so that nothing of a weight's size is made. Compiled, each function is one
-        kernel, and P N is made for half of a weight, in its dtype.
+        In slices, so that nothing of a weight's size is made. Compiled, the moments are one kernel.
         """
         if ok is None:
             self.norms[p] = norm(R)
             ok = self.norms[p].isfinite()  # the norm's: V needs squares that are finite
-        state, group, run = self.state[p], self.group[p], compiled if self.compile else lambda function: function
+        state, group = self.state[p], self.group[p]
+        run, slice = (compiled, R.numel()) if self.compile else (lambda function: function, SLICE)
+        direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         state["t"] += 1  # on the host, which does not know `ok`
-        lr = torch.tensor(group["lr"])
-        stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else ONE
         bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
         more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias)
+        lr = torch.tensor(group["lr"])
+        stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else ONE
 
         if "P" not in state:
-            parts = zip(split(p.view(-1), SLICE), split(R, SLICE), pieces(state, "MV", SLICE))
-            for i, (w, part, moments) in enumerate(parts):
-                N = run(advance_)(moments, "MV", adam, part, dtype=torch.float32, **more)
+            parts = zip(split(p.view(-1), SLICE), pieces(state, names, SLICE), split(R, SLICE))
+            for i, (w, moments, part) in enumerate(parts):
+                N = run(advance_)(moments, names, adam, part, dtype=torch.float32, **more)
                 run(move_)(w, N, lr, stay, self.noise(p, i))
             return
 
-        direction, names = DIRECTIONS[self.direction]
-        if direction is adam:  # element by element
-            size = R.numel() if self.compile else SLICE
-            parts = zip(pieces(state, names, size), split(R, size))
-            N = [run(advance_)(moments, names, adam, part, dtype=p.dtype, **more) for moments, part in parts]
-            N = torch.cat(N).view(R.shape)
-        else:
-            N = run(advance_)(state, names, direction, R, dtype=p.dtype, **more)
-        P = run(load)(state, "P", p.dtype)
+        parts = [(state, R)]
+        if direction is adam:  # which works element by element
+            parts = zip(pieces(state, names, slice), split(R, slice))
+        N = [run(advance_)(moments, names, direction, part, dtype=p.dtype, **more) for moments, part in parts]
+        N, P = torch.cat(N).view(R.shape), run(load)(state, "P", p.dtype)
         A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
-        half = -(-len(p) // 2)
-        size = half if self.compile else min(half, -(-SLICE // p.shape[1]))
+        size = min(-(-len(p) // 2), -(-slice // p.shape[1]))
         for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):
             run(move_)(w, a @ B, lr * group["scale"], stay, self.noise(p, i))
         if Y is not None:
@@ -317,36 +307,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
             check(span.sum().item() == 0, "the processes would average different gradients: use the same "
                   "layers in each, in one order, if only as 0 * layer(x).sum(), with the same rank and T.")
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but each tensor keeps its dtype. torch would cast moments to bf16, as the weights are.
-
-        Raises:
-            ValueError: groups or state that this optimiser would not have made; it stays as it is then.
-        """
-        saved, groups = state_dict["state"], state_dict["param_groups"]
-        theirs = [(i, group) for group in groups for i in group["params"]]
-        for (i, group), (p, own) in zip(theirs, self.group.items()):
-            empty = self.empty(p, torch.device("meta"))
-            odd = differing(saved.get(i) or empty, empty) | (self.defaults.keys() - group.keys())
-            check(not odd and group["rank"] == own["rank"] and i in saved, f"the saved state of parameter {i}, "
-                  f"{tuple(p.shape)}, differs in {sorted(odd) or 'rank'}: set up everything as it was then.")
-        before = self.state
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        for state in before.values():
-            state.clear()  # thin layers hold it, and it would live on beside the new one
-        for (i, _), p in zip(theirs, self.group):
-            self.state[p] = {k: x if k == "t" else x.to(p.device, copy=True) for k, x in saved[i].items()}
-        self.arm()
-
-    def __getstate__(self):  # copy and pickle ask for it
-        raise TypeError("GaLoreAdamW cannot be copied or pickled: load its state_dict() into a new one.")
-
 
 class Exact(GaLoreAdamW):
     """The paper and its code to the letter: P from an SVD of G before G is projected, in steps 1, T + 1, ...,
     and never in 8 bits; moments do not rotate; weights are rounded to nearest."""
 
-    basis_in_8_bits = False
+    exact = True
 
     def due(self, group: dict) -> bool:
         return group["t"] % group["update_proj_gap"] == 0
@@ -358,20 +324,12 @@ class Exact(GaLoreAdamW):
             state["P"].copy_((U if rows(G) is G else Vh.T)[:, : self.group[p]["rank"]])
         return state["P"].to(G.dtype).T @ rows(G) if "P" in state else G, None
 
-    def noise(self, p: Tensor, piece: int) -> None:
-        return None
-
 
 def average(x: Tensor) -> Tensor:
     """x, in place, averaged over the processes if there are several."""
     if dist.is_initialized():
         dist.all_reduce(x.div_(dist.get_world_size()))
     return x
-
-
-def check(fine: bool, otherwise: str) -> None:
-    if not fine:
-        raise ValueError(otherwise)
 
 
 def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale: float = 0.25) -> list[dict]:
@@ -386,7 +344,6 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         ValueError: nothing would get the rank.
     """
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    embedding = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     blocks, rest, left_out = {}, [], {}
     for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         block = re.search(r"\.(\d+)\.", name)
@@ -394,14 +351,14 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
             blocks.setdefault(int(block[1]), []).append(p)
             continue
         rest.append(p)
-        if p.ndim > 1 and p not in embedding and (block or p not in linear):
+        if block and p.ndim > 1:
             left_out[p] = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {tuple(p.shape)}"
     check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
           "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
     if left_out:
         share = sum(p.numel() for p in left_out) / sum(p.numel() for p in model.parameters())
-        warnings.warn(f"{share:.1%} of the parameters get no rank, beside embedding, head, norms and biases: "
-                      f"{', '.join(dict.fromkeys(left_out.values()))}", stacklevel=2)
+        names = ", ".join(dict.fromkeys(left_out.values()))
+        warnings.warn(f"{share:.1%} of the parameters are matrices in blocks and get no rank: {names}", stacklevel=2)
     T, L = update_proj_gap, len(blocks)
     common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, L // 2))
     groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]

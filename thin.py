@@ -38,8 +38,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import dequantise, scale_key
-from galore import Exact, GaLoreAdamW, average, check, orthonormal
+from adam8bit import check, dequantise, scale_key
+from galore import GaLoreAdamW, average, orthonormal
 
 
 class ThinLinear(torch.autograd.Function):
@@ -178,7 +178,7 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
         ValueError: the optimiser is Exact (its SVD needs the full gradient), one of them is thin already, they do
             not belong together, or the model is compiled as a whole.
     """
-    check(not isinstance(opt, Exact), "Exact takes an SVD of the full gradient, which the thin way never forms.")
+    check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
     check(not isinstance(opt, ThinUpdate) and not any(isinstance(m, ThinModule) for m in model.modules()),
           "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
