@@ -53,7 +53,8 @@ def nearest_table(qmap: Tensor) -> tuple[Tensor, Tensor]:
     """Tables with which `quantise` finds the nearest of 256 values in two look-ups instead of eight.
 
     The upper 16 bits of an fp32 number (its bf16 truncation) leave an interval. It is so short that at most
-    one midpoint between neighbouring map values lies in it. So the code of its lower end is right, or 1 too low.
+    one midpoint between neighbouring map values lies in it. So the code of its lower end is right, or 1 too
+    low.
 
     Returns:
         lowest (65536) uint8: the code of the lower end of each interval;
@@ -196,13 +197,14 @@ class Stored(torch.optim.Optimizer):
             expected, found = self.empty(p, meta), saved.get(i, {"": None}) or self.empty(p, meta)
             odd = {name for name in expected | found if form(found.get(name)) != form(expected.get(name))}
             odd |= self.defaults.keys() - group.keys()
-            check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up all as it was then.")
+            check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up all as then.")
         before = self.state.values()
         super().load_state_dict({"state": {}, "param_groups": groups})
         for state in before:
             state.clear()  # thin layers hold the old one, which would live on beside the new one
         for (i, _), p in zip(theirs, ours):
-            self.state[p] = {k: x.to(p.device, copy=True) if torch.is_tensor(x) else x for k, x in saved[i].items()}
+            copied = {k: x.to(p.device, copy=True) for k, x in saved[i].items() if torch.is_tensor(x)}
+            self.state[p] = {**saved[i], **copied}
         self.arm()
 
     def __getstate__(self):  # copy and pickle ask for it

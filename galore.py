@@ -30,7 +30,8 @@ Made to be changed: a direction is a function and an entry in DIRECTIONS; `refre
 
 References: GaLore, arXiv 2403.03507, algorithms 1 and 2 (`Exact` is the paper to the letter). Warm power
 iteration, and moments that rotate with P: LDAdam, 2410.16103. Shifted Cholesky-QR: Fukaya et al., 1809.11085.
-Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024; Liu et al., 2502.16982; in a subspace: SUMO, 2505.24749.
+Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024; Liu et al., 2502.16982; in a subspace: SUMO,
+2505.24749.
 
 Left out on purpose: other sides than the short one, and the two-sided P'GQ. Its Q would need a second power
 iteration and a second accumulator, to save what 8 bits save already.
@@ -54,7 +55,8 @@ ONE, YES = torch.ones(()), torch.tensor(True)
 
 
 def rows(W: Tensor) -> Tensor:
-    """W or W', so that the short side is the rows. A square matrix is transposed, as in the reference code."""
+    """W or W', so that the short side is the rows. A square matrix is transposed, as in the reference
+    code."""
     return W.T if W.shape[0] >= W.shape[1] else W
 
 
@@ -65,7 +67,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     singular values of Y, its columns scaled, spread over no more than 1e6.
     """
     Y = F.normalize(Y, dim=0)
-    for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation from breaking down; the last pass mends its cost
+    for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation alive; the last pass mends what it cost
         A = Y.T @ Y
         A.diagonal().add_(shift * A.trace())
         L, _ = torch.linalg.cholesky_ex(A)
@@ -99,8 +101,9 @@ def rotate(state: dict[str, Tensor], names: str, new: Tensor, ok: Tensor) -> Non
 
 
 # ----- directions -------------------------------------------------------------------------------------------
-# Functions of R (r x n, fp32) and its moments, which return N and the new moments. They may ask for betas, eps,
-# dtype (of N, and of products) and bias, 1 - beta^t for both betas, as tensors: numbers would be compiled in.
+# Functions of R (r x n, fp32) and its moments, which return N and the new moments. They may ask for betas,
+# eps, dtype (of N, and of products) and bias, 1 - beta^t for both betas, as tensors: numbers would be
+# compiled in.
 
 
 def adam(R, M, V, betas, eps, bias, **_):
@@ -152,11 +155,11 @@ class GaLoreAdamW(Stored):
         compile: fuse the update with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
 
-    bf16 weights need no fp32 copy: they are rounded stochastically. Adam's bias correction counts the steps in
-    which a parameter had a gradient, as torch.optim.AdamW's does; the schedule of P counts the group's.
-    If a gradient is not finite, its weight, moments and basis do not change. With max_norm, one bad gradient
-    skips the whole step. `skipped` counts such steps. If torch.distributed is initialised, R is averaged.
-    All processes must have gradients for the same parameters; if not, an error ends them before anything moves.
+    bf16 weights need no fp32 copy: they are rounded stochastically. Adam's bias correction counts the steps
+    in which a parameter had a gradient, as torch.optim.AdamW's does; the schedule of P counts the group's. If
+    a gradient is not finite, its weight, moments and basis do not change. With max_norm, one bad gradient
+    skips the whole step. `skipped` counts such steps. If torch.distributed is initialised, R is averaged. All
+    processes must have gradients for the same parameters; if not, an error ends them before anything moves.
 
     Raises:
         ValueError: an argument, or a group's key or dtype, that cannot be honoured.
@@ -174,8 +177,8 @@ class GaLoreAdamW(Stored):
         self.compile, self.seed = compile, seed
         self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; how many steps were bad
         self.norms = {}  # of each R of the step under way, in the order in which they were averaged
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, t=0,
-                         scale=0.25, update_proj_gap=200, offset=0, early_gap=2, proj_type="std"))  # fmt: skip
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, t=0, rank=None,
+                         update_proj_gap=200, scale=0.25, offset=0, early_gap=2, proj_type="std"))  # fmt: skip
 
     def arm(self) -> None:
         """Before each step: checks the groups, and decides whose P is due. All who ask read `turning`."""
@@ -197,7 +200,8 @@ class GaLoreAdamW(Stored):
         return t > 1 and (t - group["offset"] * gap // T) % gap == 0
 
     def empty(self, p: Tensor, device: torch.device) -> dict:
-        """The form of p's state: P (m x r, p's dtype or codes), moments (r x n, or p's shape), its steps t."""
+        """The form of p's state: P (m x r, p's dtype or codes), moments (r x n, or p's shape), its steps
+        t."""
         rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
         if rank:
             P = zeros("P", (min(shape), rank), p.dtype, narrow and not self.exact, device)
@@ -320,7 +324,7 @@ class Exact(GaLoreAdamW):
     def project(self, p: Tensor) -> tuple[Tensor, None]:
         G, state = average(p.grad), self.init(p)
         if p in self.turning and G.isfinite().all():
-            U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)  # of G as it came: the reference's signs
+            U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)  # of G as it came: their signs
             state["P"].copy_((U if rows(G) is G else Vh.T)[:, : self.group[p]["rank"]])
         return state["P"].to(G.dtype).T @ rows(G) if "P" in state else G, None
 
@@ -333,9 +337,9 @@ def average(x: Tensor) -> Tensor:
 
 
 def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale: float = 0.25) -> list[dict]:
-    """Groups for GaLoreAdamW. The linear layers inside the model's blocks (attention and MLP matrices) get the
-    rank, a group per block. Blocks are refreshed in turn: block i of L at offset i T / L, at first two in a step.
-    Embedding, head, norms and biases get no rank.
+    """Groups for GaLoreAdamW. The linear layers inside the model's blocks (attention and MLP matrices) get
+    the rank, a group per block. Blocks are refreshed in turn: block i of L at offset i T / L, at first two in
+    a step. Embedding, head, norms and biases get no rank.
 
     Linear layers are nn.Linear and transformers' Conv1D. A matrix whose short side is not above the rank gets
     none. A warning names what else gets none, as fused experts, whose parameters have three dimensions.
@@ -358,7 +362,8 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
     if left_out:
         share = sum(p.numel() for p in left_out) / sum(p.numel() for p in model.parameters())
         names = ", ".join(dict.fromkeys(left_out.values()))
-        warnings.warn(f"{share:.1%} of the parameters are matrices in blocks and get no rank: {names}", stacklevel=2)
+        said = f"{share:.1%} of the parameters are matrices in blocks and get no rank: {names}"
+        warnings.warn(said, stacklevel=2)
     T, L = update_proj_gap, len(blocks)
     common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, L // 2))
     groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]

@@ -1,32 +1,32 @@
 """
-The gradient that is never formed: R = P'G straight out of the backward pass, and each weight moved as it comes.
+The gradient that is never formed: R = P'G comes straight out of the backward pass, and moves W there.
 
-The gradient of a linear layer is a product over tokens, G = D'X, with D (tokens x out) the gradient at its output
-and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in the other order: R = (D P)'X. In this
-order G never exists, and the product costs 2 r (m + n) operations per token, not 2 m n.
+The gradient of a linear layer is a product over tokens, G = D'X, with D (tokens x out) the gradient at its
+output and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in the other order: R = (D P)'X.
+In this order G never exists, and the product costs 2 r (m + n) operations per token, not 2 m n.
 
-    x ----> F.linear(x, W) ----> Tap ----> y          forward: y is what it always was
-    x ----> ThinLinear(x, proxy) ---^                 `link`: a tensor of y's shape that owns one number
-                       proxy.grad <---- R <---- D     backward: Tap hands D to both; ThinLinear turns it into R
+    forward    x ----> F.linear(x, W) ---------> Tap ----> y        y is what it always was
+               x ----> ThinLinear(x, proxy) --> link               in y's shape, but owns one number
+    backward   proxy.grad <-- R <-- ThinLinear <-- D <-- Tap        Tap hands D to both sides
 
-1. Tap gives D to `link`, beside y. W itself is detached, so autograd makes no G.
-2. ThinLinear returns R as the gradient of a *proxy*, a leaf of R's shape that owns one number. Autograd sums R in
-   proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at rank-r memory.
-3. In a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
+1. W is detached, so autograd makes no G. Tap gives D to `link` instead.
+2. ThinLinear returns R as the gradient of a *proxy*: a leaf of R's shape that owns one number. Autograd sums
+   R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at rank-r memory.
+3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
    M stands still during a step, so Y is linear in G, too.
-4. On the last micro-batch the proxy's hook moves W, and R is dropped: the layer-wise update. With max_norm all R
-   wait for opt.step(), until the norm is known.
+4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
+   wait for opt.step(), until their norm is known.
 
-Why two functions? Checkpointing computes a block again only up to its last saved tensor. ThinLinear saves x before
-F.linear, so the block's last product is not repeated.
+Why two functions? Checkpointing recomputes a block only up to its last saved tensor. ThinLinear saves x
+before F.linear, so the block's last product is not repeated.
 
     opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
     thin(model, opt, accumulate=4)
     for x, y in four_micro_batches: (model(x, y) / 4).backward()
     opt.step()
 
-References: CompAct, arXiv 2410.15352, has the same algebra for a random P on the input side, without accumulation.
-Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09782.
+References: CompAct, arXiv 2410.15352, has the same algebra for a random P on the input side, without
+accumulation. Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09782.
 """
 
 import sys
@@ -45,7 +45,7 @@ from galore import GaLoreAdamW, average, orthonormal
 class ThinLinear(torch.autograd.Function):
     """Stands beside y = x W', and gives R as the gradient of a proxy.
 
-    As `rows` sees G it is A'B, where A is the side of D and X that is projected: R = (A P)'B, and Y' = (B M')'A.
+    Let A be the side of D and X that is projected, B the other: G = A'B, R = (A P)'B, Y' = (B M')'A.
     Where the input is projected, A P = X P is known in the forward pass, and saved in place of X.
     """
 
@@ -61,7 +61,7 @@ class ThinLinear(torch.autograd.Function):
     def backward(ctx, D):
         x, XP, P, P_scale, M, M_scale = ctx.saved_tensors
         D = D.reshape(-1, D.shape[-1])
-        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # the casts matter under autocast only
+        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
         A, B = (X, D) if ctx.input_side else (D, X)
         AP = A @ dequantise(P, P_scale, True).to(D.dtype) if XP is None else XP.to(D.dtype)
         R = AP.T @ B
@@ -84,8 +84,8 @@ class Tap(torch.autograd.Function):
 
 
 class ThinModule(nn.Linear):
-    """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight, `proxy`,
-    where R arrives, and `due`: does Y come as well?"""
+    """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight,
+    `proxy`, where R arrives, and `due`: does Y come as well?"""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -98,7 +98,7 @@ class ThinModule(nn.Linear):
 
 
 class ThinUpdate:
-    """What `thin` adds to an optimiser: gradients arrive at proxies, and each weight moves when its last one has."""
+    """What `thin` adds to an optimiser: gradients arrive at proxies; each weight moves with its last."""
 
     def arm(self) -> None:
         """Gives the thin layers, for the next step, their state and their proxies."""
@@ -125,13 +125,13 @@ class ThinUpdate:
         return both[:, :n], both[:, n:].T if p in self.turning else None
 
     def hook(self, p: Tensor | None = None):
-        """Calls `arrived`. Holds the optimiser weakly: a parameter whose hook holds it would never be freed."""
+        """Calls `arrived`. Holds the optimiser weakly: else neither would ever be freed."""
         arrived = weakref.WeakMethod(self.arrived)
         return lambda leaf: arrived() and arrived()(leaf if p is None else p, leaf)
 
     @torch.no_grad()
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
-        """leaf.grad has a micro-batch more. After the last one the weight moves, unless a norm is to be known."""
+        """leaf.grad has a micro-batch more. After the last one p moves, unless it is to be clipped."""
         self.passes[p] = self.passes.get(p, 0) + 1
         if self.passes[p] > self.accumulate:
             raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
@@ -159,23 +159,26 @@ class ThinUpdate:
 def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False) -> None:
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
-    From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each weight
-    as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected parameter that is not
-    the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So are biases and norms.
+    From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each
+    weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected
+    parameter that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So
+    are biases and norms.
 
-    checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is saved
-    then, not X P, which the forward pass would make in vain.
+    checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is
+    saved then, not X P, which the forward pass would make in vain.
 
-    Projected weights have no .grad. Clip with max_norm: torch's clip_grad_norm_, and max_grad_norm of transformers'
-    Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the model: start every
-    process from the same weights, and R is averaged here. Checkpoint with use_reentrant=False. Move, cast and load
-    the model before this call. Compile the blocks of the model, not the model. A weight moves during the backward
-    pass: a learning rate set between backward() and step() counts from the next step on. A copy of a thin model
-    computes, but does not train. Hooks on a projected weight are not called, and a gradient penalty, which would
-    have a second-order term there, ends with torch's error "trying to differentiate twice".
+    Projected weights have no .grad. Clip with max_norm: torch's clip_grad_norm_, and max_grad_norm of
+    transformers' Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the
+    model: start every process from the same weights, and R is averaged here. Checkpoint with
+    use_reentrant=False. Move, cast and load the model before this call. Compile the blocks of the model, not
+    the model. A weight moves during the backward
+    pass: a learning rate set between backward() and step() counts from the next step on. A copy of a thin
+    model computes, but does not train. Hooks on a projected weight are not called, and a gradient penalty,
+    which would have a second-order term there, ends with torch's error "trying to differentiate twice".
 
     Raises:
-        ValueError: the optimiser is Exact (its SVD needs the full gradient), one of them is thin already, they do
+        ValueError: the optimiser is Exact (its SVD needs the full gradient), one of them is thin already,
+        they do
             not belong together, or the model is compiled as a whole.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
@@ -196,8 +199,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
         module.__class__, module.checkpointed = ThinModule, checkpointed
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(opt.hook())
-    # The backward pass has a thread of its own, and cuSOLVER a handle for each thread, in memory that PyTorch does
-    # not manage. Made in the first refreshing step, it found none left (7B on 23.64 GiB). So it is made now.
+    # The backward pass has a thread of its own, and cuSOLVER a handle for each thread, in memory that PyTorch
+    # does not manage. In the first refreshing step there was none left (7B on 23.64 GiB): so it is made now.
     leaf = torch.eye(2, device=next(iter(opt.group)).device, requires_grad=True)
     leaf.register_hook(orthonormal)
     leaf.square().sum().backward()

@@ -27,7 +27,6 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
 
 import torch
 
@@ -51,34 +50,27 @@ def round_to_nearest() -> None:
 def wide_basis() -> None:
     """P in the weights' dtype, whatever the moments are in."""
     zeros = galore.zeros
-    galore.zeros = lambda name, shape, dtype, in_8_bits, device: zeros(name, shape, dtype, in_8_bits and name != "P", device)
+    galore.zeros = lambda names, shape, dtype, narrow, device: zeros(names, shape, dtype, narrow and names != "P", device)
 
 
 def svd_refresh() -> None:
     """P_new = the first r left singular vectors of G, in place of the power iteration; schedule and turning stay. Plain way only."""
-    collect, refresh = galore.GaLoreAdamW.collect, galore.refresh
+    project = galore.GaLoreAdamW.project
 
-    def collect_svd(opt, p):
-        R = collect(opt, p)  # [R | Y'] where P is due
-        if opt.due(p):
-            R[:, max(p.shape) :] = torch.linalg.svd(galore.rows(p.grad), full_matrices=False)[0][:, : len(R)].T
-        return R
+    def project_svd(opt, p):
+        R, Y = project(opt, p)
+        return R, Y if Y is None else torch.linalg.svd(galore.rows(p.grad), full_matrices=False)[0][:, : len(R)]
 
-    def refresh_svd(state, U, ok):
-        with mock.patch.object(galore, "orthonormal", lambda Y: U):
-            refresh(state, U, ok)
-        assert torch.equal(state["P"], U)
-
-    galore.GaLoreAdamW.collect, galore.refresh = collect_svd, refresh_svd
+    galore.GaLoreAdamW.project, galore.refresh = project_svd, lambda P, U: U
 
 
 def refresh_without_turning() -> None:
-    refresh = galore.refresh
-    galore.refresh = lambda state, Y, ok: refresh({name: x if name == "P" else x.clone() for name, x in state.items()}, Y, ok)
+    rotate = galore.rotate
+    galore.rotate = lambda state, names, new, ok: rotate(state, "", new, ok)
 
 
 def never_refresh() -> None:
-    galore.GaLoreAdamW.due = lambda opt, p: False
+    galore.GaLoreAdamW.due = lambda opt, group: False
 
 
 # ----- the variants: options of train.py, the piece that changes, and what must be seen where it differs from the baseline --------
@@ -104,24 +96,24 @@ class Watch:
 
     def __init__(self):
         self.written = self.elsewhere = self.lost = self.refreshes = self.turns = 0
-        self.write, self.refresh, self.prepare = galore.move_, galore.refresh, train.prepare
-        galore.move_, galore.refresh, train.prepare = self.on_write, self.on_refresh, self.on_prepare
+        self.write, self.rotate, self.prepare = galore.move_, galore.rotate, train.prepare
+        galore.move_, galore.rotate, train.prepare = self.on_write, self.on_rotate, self.on_prepare
 
     def on_prepare(self, model, args):
         self.opt = self.prepare(model, args)
         return self.opt
 
-    def on_write(self, w, N, lr, stay, random, compile):
+    def on_write(self, w, N, lr, stay, seed):
         before, nearest = w.clone(), (w.float() * stay - N.float() * lr).to(w.dtype)
-        self.write(w, N, lr, stay, random, compile)
+        self.write(w, N, lr, stay, seed)
         if w.dtype != torch.float32:  # else nothing is rounded
             self.written += w.numel()
             self.elsewhere += (w != nearest).sum().item()
             self.lost += (w == before).sum().item()
 
-    def on_refresh(self, state, Y, ok):
+    def on_rotate(self, state, names, new, ok):
         before = state["M"].clone()
-        self.refresh(state, Y, ok)
+        self.rotate(state, names, new, ok)
         self.refreshes += 1
         self.turns += not torch.equal(before, state["M"])
 

@@ -8,7 +8,7 @@ Better than the paper: which changes to GaLore lower the loss at its memory, and
     python experiments/beyond.py variants --quick           12 steps of a tiny model
 
 | methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms ("others"); GaLore, and GaLore |
-|          | with Muon's direction in the subspace (galore.py's muon=True), also at a higher rank in the same memory, and there with twice the rate for embedding, head and norms (half of alpha at twice the rate): each at three or five learning rates; the best again with the other seeds |
+|          | with Muon's direction in the subspace (galore.py's direction "muon"), also at a higher rank in the same memory, and there with twice the rate for embedding, head and norms (half of alpha at twice the rate): each at three or five learning rates; the best again with the other seeds |
 | variants | one change at a time to GaLore and to GaLore with Muon, at the base's best learning rate, on the first seed |
 | cut      | what the cut at rank r costs: at two lengths and two widths (half the width: heads of 32), on the first seed |
 
@@ -99,34 +99,36 @@ class Lab(GaLoreAdamW):
         groups = param_groups(model, run["rank"], max(1, round(run["T"] * self.o["gap"])), run["alpha"])
         groups[-1]["lr"] = run["lr"] * self.o["others"]
         betas = self.o["beta1"], self.o["beta2"]
-        super().__init__(groups, lr=run["lr"], betas=betas, seed=run["seed"], muon=self.o["muon"])
+        super().__init__(groups, lr=run["lr"], betas=betas, seed=run["seed"], direction="muon" if self.o["muon"] else "adam")
 
-    def collect(self, p):
-        """[R | Y'] as GaLoreAdamW's; where right is "R", Y is G R'."""
-        R, n = super().collect(p), max(p.shape)
-        if self.o["right"] == "R" and p in self.turning:
-            R[:, n:] = R[:, :n] @ rows(p.grad).T
-        return R
+    def project(self, p):
+        """R and Y as GaLoreAdamW's; where right is "R", Y is G R'."""
+        R, Y = super().project(p)
+        return R, Y if Y is None or self.o["right"] == "M" else rows(p.grad) @ R.T
 
-    def direction(self, R, state, beta, *more):
-        """In the place of `galore.muon`, whose arguments these are."""
-        N = muon(R, state, beta, *more)
-        if self.o["svd"]:
-            U, _, Vh = torch.linalg.svd(torch.lerp(R, state["M"], beta), full_matrices=False)
-            N = 0.2 * R.shape[1] ** 0.5 * U @ Vh
-        if self.o["even"]:  # each column by its own size over the last steps, the whole as large as before
-            size = state.setdefault("columns", torch.zeros(R.shape[1]))
-            size.lerp_(N.square().mean(0), 1 - self.o["even"])
-            even = N / size.sqrt().clamp_min(1e-8)
-            N = even * (N.norm() / even.norm())
-        return N
+    def lab(self, p):
+        """Muon's direction for this parameter, with what changes."""
 
-    def move(self, p, R, ok=None, shrink=torch.ones(())):
+        def direction(R, M, betas, **more):
+            N, M = muon(R, M, betas, **more)
+            if self.o["svd"]:
+                U, _, Vh = torch.linalg.svd(torch.lerp(R, M, betas[0]), full_matrices=False)
+                N = 0.2 * R.shape[1] ** 0.5 * U @ Vh
+            if self.o["even"]:  # each column by its own size over the last steps, the whole as large as before
+                size = self.state[p].setdefault("columns", torch.zeros(R.shape[1]))
+                size.lerp_(N.square().mean(0), 1 - self.o["even"])
+                even = N / size.sqrt().clamp_min(1e-8)
+                N = even * (N.norm() / even.norm())
+            return N, M
+
+        return direction
+
+    def move(self, p, R, Y, *more):
         before, P = p.detach().clone(), self.init(p).get("P", R).clone()  # P may be refreshed in this step
-        with mock.patch.object(galore, "muon", self.direction):
-            super().move(p, R, ok, shrink)
+        with mock.patch.dict(galore.DIRECTIONS, muon=(self.lab(p), "M")):
+            super().move(p, R, Y, *more)
         if self.o["residual"] and self.group[p]["rank"]:
-            self.add_outside(p, rows(before - p), P, R[:, : max(p.shape)])
+            self.add_outside(p, rows(before - p), P, R)
 
     def add_outside(self, p, step, P, R):
         """Moves p by the gradient outside the subspace as well, its columns scaled as those of R were in `step`."""

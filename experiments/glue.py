@@ -28,7 +28,7 @@ their adapters): the rest is Adam's for the embedding, which full fine-tuning an
 The json fills up run by run; what is in it is not run again. More tasks, seeds or learning rates may be added to it, by one process at a time.
 
 Left out on purpose: WNLI and AX (not in the paper's table), the test sets (no labels), early stopping and the best epoch, gradients never formed
-(galore.thin), the activations' memory.
+(thin.py), the activations' memory.
 """
 
 import argparse

@@ -32,7 +32,8 @@ from runs import above_zero, begin, curves, details, make_model, middle, options
 import lora
 from adam8bit import BLOCK, SMALLEST
 from data import get_tokenizer, open_data
-from galore import GaLoreAdamW, param_groups, thin
+from galore import GaLoreAdamW, param_groups
+from thin import thin
 
 METHODS = {"full rank": dict(optimiser="AdamW"), "GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8),
            "low rank": dict(optimiser="AdamW", kind="factors"), "LoRA": dict(optimiser="AdamW", kind="lora"), "ReLoRA": dict(optimiser="AdamW", kind="relora")}  # fmt: skip
@@ -50,7 +51,7 @@ def build(model, run: dict) -> GaLoreAdamW:
     elif not galore:
         groups = [dict(params=group["params"]) for group in groups]
     groups[-1]["lr"] = run.get("others_lr", run["lr"])  # embedding, head and norms
-    opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=run.get("state_bits", 32), muon=run.get("muon", False))
+    opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=run.get("state_bits", 32), direction="muon" if run.get("muon") else "adam")
     if galore:
         thin(model, opt)
     if kind == "relora":
@@ -84,7 +85,7 @@ def speed(chosen: dict[str, dict], device: str, rounds: int) -> dict[str, float]
     for name, run in chosen.items():
         model = make_model(run, device)
         opt = build(model, run)
-        opt.due = lambda p: False  # no refreshes
+        opt.due = lambda group: False  # no refreshes
         if device.startswith("cuda"):
             for block in model.model.layers:
                 block.compile(fullgraph=True, dynamic=False)
