@@ -200,8 +200,7 @@ class GaLoreAdamW(Stored):
         return t > 1 and (t - group["offset"] * gap // T) % gap == 0
 
     def empty(self, p: Tensor, device: torch.device) -> dict:
-        """The form of p's state: P (m x r, p's dtype or codes), moments (r x n, or p's shape), its steps
-        t."""
+        """The form of p's state: P (m x r), moments (r x n, or p's shape), and the number of its steps, t."""
         rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
         if rank:
             P = zeros("P", (min(shape), rank), p.dtype, narrow and not self.exact, device)
@@ -265,7 +264,8 @@ class GaLoreAdamW(Stored):
         if direction is adam:  # which works element by element
             parts = zip(pieces(state, names, slice), split(R, slice))
         N = [run(advance_)(moments, names, direction, part, dtype=p.dtype, **more) for moments, part in parts]
-        N, P = torch.cat(N).view(R.shape), run(load)(state, "P", p.dtype)
+        N = (N[0] if len(N) == 1 else torch.cat(N)).view(R.shape)
+        P = run(load)(state, "P", p.dtype)
         A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
         size = min(-(-len(p) // 2), -(-slice // p.shape[1]))
         for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):

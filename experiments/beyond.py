@@ -61,6 +61,7 @@ RATES = {
     "GaLore, Muon, r x 1.6": [0.02, 0.04, 0.08],
     "GaLore, Muon, r x 1.6, others x 2": [0.04, 0.08, 0.16],
 }
+DRAWN = ("AdamW", "AdamW, others 0.02", "Muon, others 0.032", "Muon 0.9, others 0.064", "GaLore", "GaLore, Muon, r x 1.6, others x 2")  # the picture
 VARIANTS = {  # what changes: options
     "beta2 0.99": dict(beta2=0.99),
     "beta2 0.95": dict(beta2=0.95),
@@ -202,7 +203,7 @@ def methods(setting: dict, args) -> tuple[list[dict], dict]:
     tried = {name: o | {key: kind(setting[key] * o[key]) for key, kind in scaled.items() if key in o}
              for name, o in METHODS.items() if name in (args.methods or METHODS)}  # fmt: skip
     found = sweep(build, tried, {name: middle(rates, args.rates or (1 if args.quick else 5)) for name, rates in RATES.items()}, setting, args)
-    curves(found, setting, args.figure)
+    curves({name: found[name] for name in DRAWN if name in found} or found, setting, args.figure)
     rows = [{"method": name, "validation loss": spread(result["losses"]), "states, MB": round(result["run"]["state_bytes"] / 1e6, 2), **rates_of(result)}
             for name, result in found.items()]  # fmt: skip
     return rows, details(found)

@@ -132,9 +132,22 @@ def limits(runs: list[Run]) -> tuple[float, float]:
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
+def name_lines(axes, lines: list) -> None:
+    """Each line's name at its end, moved up or down where two would meet."""
+    low, high = axes.get_ylim()
+    apart, last = 0.045, -1.0
+    ends = [(min(max((line.get_ydata()[-1] - low) / (high - low), 0), 1), i, line) for i, line in enumerate(lines)]
+    for height, _, line in sorted(ends):
+        last = max(height, last + apart)
+        at = (line.get_xdata()[-1], line.get_ydata()[-1])
+        axes.annotate(line.get_label(), at, (1.02, last), textcoords="axes fraction", color=line.get_color(), fontsize=8.5,
+                      va="center", arrowprops=dict(arrowstyle="-", color=line.get_color(), linewidth=0.5), annotation_clip=False)  # fmt: skip
+
+
 def draw(runs: list[Run], share: float, path: Path, head: str = "") -> None:
     columns = 2 if len(runs) > 4 and max(len(run.name) for run in runs) < 60 else 1
-    figure = Figure(figsize=(9, 5 + 0.19 * -(-len(runs) // columns)), layout="constrained")
+    in_place = len(runs) <= 6  # more names do not fit beside their lines
+    figure = Figure(figsize=(9, 5 + 0.19 * -(-len(runs) // columns) * (not in_place)), layout="constrained")
     axes = figure.add_subplot()
     most = max(max([*run.tokens, *run.val_tokens]) for run in runs)
     unit, word = next(((u, w) for u, w in [(1e9, "billion "), (1e6, "million "), (1e3, "thousand ")] if most >= 2 * u), (1, ""))
@@ -155,7 +168,10 @@ def draw(runs: list[Run], share: float, path: Path, head: str = "") -> None:
     axes.set_title(f"{head}lines: training loss, {smooth}; dots: validation loss", fontsize=9, loc="left")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
+    if in_place:
+        name_lines(axes, handles)
+    else:
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
     figure.savefig(path, dpi=140)
 
 
