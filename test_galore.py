@@ -29,6 +29,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1531,9 +1532,11 @@ def test_blocks_compile_alone_and_without_graph_breaks(checkpointing):
     assert len(graphs) == made
 
 
-# ----- data.py ----------------------------------------------------------------------------------------------------------
+# ----- data.py ----------------------------------------------------------------------------------------------
 
 BYTES = data.get_tokenizer("bytes")
+C4 = "c4-train.{:05d}-of-01024.json.gz"
+GOOD = b'{"text": "hello"}\n'
 
 
 @pytest.fixture
@@ -1542,26 +1545,40 @@ def alone(monkeypatch):
     monkeypatch.setattr(shards.Shard, "prefetch", lambda self: None)
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds of all waits, none of which is waited."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
 def texts(n, seed=0):
-    """n documents with letters of two, three and four bytes, line ends, an empty one, and a special token as text."""
+    """n documents: one empty, one with a special token as text, others of letters of one to four bytes."""
     rng = random.Random(seed)
-    return ["", "a <|endoftext|> b"] + ["".join(rng.choice("abcdefg \nåß中😀") for _ in range(rng.randrange(1, 90))) for _ in range(n - 2)]
+    words = ["".join(rng.choices("abcdefg \nåß中😀", k=rng.randrange(1, 90))) for _ in range(n - 2)]
+    return ["", "a <|endoftext|> b", *words]
+
+
+def json_lines(documents):
+    return "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents).encode()
 
 
 def json_gz(documents):
-    return gzip.compress("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents).encode(), mtime=0)
+    return gzip.compress(json_lines(documents), mtime=0)
 
 
 def c4_like(folder, shards=3, documents=30):
-    """A folder of `shards` training files and a validation file in C4's form; returns the training documents."""
+    """Training files and a validation file in C4's form; returns the training documents."""
     folder.mkdir(parents=True, exist_ok=True)
-    everything = []
-    for i in range(shards + 1):
-        documents_here = texts(documents, seed=i)
-        name = f"c4-train.{i:05d}-of-01024.json.gz" if i < shards else "c4-validation.00000-of-00008.json.gz"
-        (folder / name).write_bytes(json_gz(documents_here))
-        everything += documents_here if i < shards else []
-    return everything
+    for i in range(shards):
+        (folder / C4.format(i)).write_bytes(json_gz(texts(documents, seed=i)))
+    (folder / "c4-validation.00000-of-00008.json.gz").write_bytes(json_gz(texts(documents, seed=shards)))
+    return [text for i in range(shards) for text in texts(documents, seed=i)]
+
+
+def opened(path, split="train", seq_len=16, tokenizer=BYTES, **options):
+    return data.open_data(str(path), tokenizer, split, seq_len, **options)
 
 
 def expected(documents):
@@ -1576,229 +1593,178 @@ def targets(stream, n, sequences=2):
     return [id for _ in range(n) for id in flat(stream.batch(sequences)[1])]
 
 
-# ---- tokens
+def token_file(path, tokenizer=BYTES, folder=None):
+    (shard,), _ = shards.find_shards(str(path), tokenizer, folder, "{}")
+    return np.fromfile(shard.prepare(), tokenizer.dtype)
 
-def check_round_trip(tokenizer, documents, folder):
-    (folder / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    (shard,), _ = shards.find_shards(str(folder / "mine.jsonl"), tokenizer, None, "{}")
-    ids = np.fromfile(shard.prepare(), tokenizer.dtype)
+
+def make_tokenizer(name):
+    if name == "wide":    # whose ids need 32 bits
+        pieces = [b""] * 70000 + [chr(i).encode(errors="replace") for i in range(1 << 17)] + [b""]
+        return data.Tokenizer(name, pieces, len(pieces) - 1, lambda text: np.array([*map(ord, text)]) + 70000)
+    if name == "gpt2" and "NANO_GALORE_DATA" not in os.environ:
+        pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
+    return data.get_tokenizer(name)
+
+
+@pytest.mark.parametrize("name", ["bytes", "wide", "gpt2"])
+def test_round_trip(name, tmp_path, monkeypatch):
+    """Documents come back from their ids letter by letter, and their bytes are counted. Token files of two
+    tokenizers lie side by side. GPT-2's ids are those of tiktoken's own encode."""
+    folder, file = Path(os.environ.get("NANO_GALORE_DATA", "")), tmp_path / "mine.jsonl"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
+    tokenizer, documents = make_tokenizer(name), texts(300)
+    if name == "gpt2":
+        with gzip.open(*(folder / "c4").glob("c4-validation*.json.gz")) as lines:
+            documents += [json.loads(line)["text"] for line in islice(lines, 200)]
+        encode = data.tiktoken.get_encoding("gpt2").encode
+        assert tokenizer.eot == 50256 and tokenizer.n_vocab == 50257 and tokenizer.dtype == np.uint16
+        for text in documents[-20:] + ["<|endoftext|>"]:
+            assert tokenizer.encode(text).tolist() == encode(text, disallowed_special=())
+    file.write_bytes(json_lines(documents))
+    assert token_file(file).tolist() == expected(documents)
+    ids = token_file(file, tokenizer)
     ends = np.flatnonzero(ids == tokenizer.eot)
-    assert len(ends) == len(documents) and ends[-1] == len(ids) - 1
-    assert [tokenizer.decode(ids[a:b]) for a, b in zip([0, *ends[:-1] + 1], ends)] == documents
+    assert ends[-1] == len(ids) - 1 and tokenizer.decode([tokenizer.n_vocab, 10 ** 6]) == ""
+    assert [tokenizer.decode(part[:-1]) for part in np.split(ids, ends[:-1] + 1)] == documents
     assert tokenizer.n_bytes[ids].sum() == sum(len(text.encode()) for text in documents)
 
 
-def test_round_trip_of_bytes(tmp_path):
-    """Documents, tokenised to a file and split at end-of-text, come back letter by letter, and their bytes are counted exactly."""
-    check_round_trip(BYTES, texts(700), tmp_path)
-    assert BYTES.decode([104, 105, 256, 300, 10 ** 6]) == "hi<|endoftext|>"  # ids of a padded vocabulary too
+@pytest.mark.parametrize("threads", [1, 7])
+def test_the_form_of_a_file_does_not_change_its_tokens(threads, tmp_path, monkeypatch):
+    """Gzip, capitals, byte order mark, blank lines, threads: all the same. Half a surrogate becomes "?"."""
+    def encode(text):    # longer texts are not always done later
+        time.sleep(hash(text) % 3 / 1e4)
+        return BYTES.encode(text)
 
-
-def test_broken_surrogate_in_json(tmp_path, alone):
-    """Half a surrogate pair, which json can hold and UTF-8 cannot, becomes a question mark; a whole pair is one letter."""
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud83dy\\ud83d\\ude00"}\n' * 9)
-    x, _ = data.open_data(str(tmp_path / "a.jsonl"), BYTES, "train", 7).batch(1)
-    assert BYTES.decode(x[0]) == "x?y😀"
-
-
-def test_round_trip_of_gpt2_on_c4(tmp_path, monkeypatch):
-    """Real C4 documents in GPT-2's BPE come back letter by letter, and the ids are those of tiktoken's own encode."""
-    if "NANO_GALORE_DATA" not in os.environ:
-        pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
-    folder = Path(os.environ["NANO_GALORE_DATA"])
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
-    tokenizer = data.get_tokenizer("gpt2")
-    (file,) = (folder / "c4").glob("c4-validation*.json.gz")
-    documents = [json.loads(line)["text"] for line in gzip.open(file)][:200] + texts(50)
-    check_round_trip(tokenizer, documents, tmp_path)
-    import tiktoken
-    for text in documents[:20] + ["<|endoftext|>"]:
-        assert tokenizer.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode(text, disallowed_special=())
-    assert tokenizer.eot == 50256 and tokenizer.n_vocab == 50257 and tokenizer.dtype == np.uint16
-    tokenizer.decode(range(50304))
-
-
-@pytest.mark.parametrize("suffix", [".json.gz", ".jsonl", ".txt"])
-def test_threads_do_not_change_the_tokens(tmp_path, monkeypatch, suffix):
-    """The token file is the same to the byte for 1 and 7 threads, whatever the form of the text."""
-    documents = texts(1500)
-    (tmp_path / f"a{suffix}").write_bytes({".json.gz": json_gz(documents), ".txt": "\n".join(documents).encode() * 3,
-                                           ".jsonl": gzip.decompress(json_gz(documents))}[suffix])
-    files = []
-    for threads in (1, 7):
-        slow = data.Tokenizer("bytes", BYTES.pieces, 256, lambda text: (time.sleep(hash(text) % 3 / 1e4), BYTES.encode(text))[1])
-        monkeypatch.setattr(data, "THREADS", threads)
-        (shard,), _ = shards.find_shards(str(tmp_path / f"a{suffix}"), slow, str(tmp_path / str(threads)), "{}")
-        files.append(shard.prepare().read_bytes())
-    assert files[0] == files[1]
-    want = expected(["\n".join(documents) * 3] if suffix == ".txt" else documents)
-    assert np.frombuffer(files[0], np.uint16).tolist() == want
-
-
-def test_the_form_of_a_file_does_not_change_its_tokens(tmp_path):
-    """Gzip, capitals in the name's ending, a byte order mark, and in json lines blank lines and Windows' line
-    ends give the tokens of the plain file. Within a text such a mark is text, and so is a carriage return."""
-    lines = gzip.decompress(json_gz(texts(30)))
-    text = ("\r\nå\ufeffb\n" * 20000).encode()  # longer than what is read at a time
-    forms = {
+    monkeypatch.setattr(data, "THREADS", threads)
+    lines, mark = json_lines(texts(300)), b"\xef\xbb\xbf"
+    text = "\r\nå\ufeffb\n" * 20000    # longer than what is read at a time
+    for name, content in {
         "plain.jsonl": lines,
         "capitals.JSONL": lines,
         "gzip.Json.GZ": gzip.compress(lines),
-        "windows.json": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"),
+        "windows.json": mark + lines.replace(b"\n", b"\r\n"),
         "blank.jsonl": b"\n" + lines.replace(b"\n", b"\n \t\n\r\n") + b"  ",
-        "plain.txt": text,
-        "capitals.TXT": text,
-        "gzip.Txt.gz": gzip.compress(text),
-        "mark.txt": b"\xef\xbb\xbf" + text,
-    }
-    for name, content in forms.items():
+        "plain.txt": text.encode(),
+        "gzip.Txt.gz": gzip.compress(text.encode()),
+        "mark.TXT": mark + text.encode(),
+        "surrogate.json": b'{"text": "x\\ud83dy\\ud83d\\ude00"}',
+    }.items():
         (tmp_path / name).write_bytes(content)
-        (shard,), _ = shards.find_shards(str(tmp_path / name), BYTES, None, "{}")
-        want = expected([text.decode()] if "txt" in name.lower() else texts(30))
-        assert np.fromfile(shard.prepare(), np.uint16).tolist() == want, name
+        want = ["x?y😀"] if name == "surrogate.json" else [text] if "txt" in name.lower() else texts(300)
+        ids = token_file(tmp_path / name, data.Tokenizer("bytes", BYTES.pieces, 256, encode))
+        assert ids.tolist() == expected(want), name
 
-
-def test_two_tokenizers_do_not_mix(tmp_path, alone):
-    """Token files of two tokenizers lie side by side, each read with its own type and values."""
-    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(texts(30))))
-    wide = data.Tokenizer("wide", [b"?"] * 70000, 69999, lambda text: np.full(len(text), 65536 + len(text)))
-    for tokenizer in (BYTES, wide, BYTES):
-        x, _ = data.open_data(str(tmp_path / "a.jsonl"), tokenizer, "train", 20).batch(1)
-        assert (x.max() > 65536) == (tokenizer is wide)
-    assert len(list(tmp_path.glob("*.tokens"))) == 2
-
-
-# ---- order
 
 @pytest.mark.parametrize("sequences", [1, 3, 50])
 def test_every_token_once_over_shard_boundaries(tmp_path, alone, sequences, capsys):
-    """One pass hands out every token of all shards exactly once as a target, in order, and the end of the pass is told
-    with its exact length, after which the tokens come again."""
-    ids = expected(c4_like(tmp_path))
-    stream = data.open_data(str(tmp_path), BYTES, "train", 16)
-    seen = []
+    """A pass has every token once as a target, in order. Its end is told, with its length, and it starts over.
+    keep_shards leaves two token files, and deletes no text of yours."""
+    ids, seen = expected(c4_like(tmp_path)), []
+    stream = opened(tmp_path, keep_shards=2)
     while len(seen) < 2.5 * len(ids):
         x, y = stream.batch(sequences)
         assert x.shape == y.shape == (sequences, 16) and x.dtype == y.dtype == torch.int64
-        assert flat(x)[1:] == flat(y)[:-1] and flat(x)[0] == (seen[-1] if seen else ids[0])
+        assert flat(x) == [seen[-1] if seen else ids[0], *flat(y)[:-1]]
         seen += flat(y)
-    assert seen == (ids * 4)[1:len(seen) + 1]
-    assert f"{len(ids):,} tokens" in capsys.readouterr().err and stream.epoch >= 2
+        assert len([*tmp_path.glob("c4-train*.tokens")]) <= 2 and len([*tmp_path.glob("*.gz")]) == 4
+    assert seen == (ids * 4)[1:len(seen) + 1] and stream.epoch == 2
+    assert f"{len(ids):,} tokens" in capsys.readouterr().err
     assert stream.bytes_per_token == sum(id != 256 for id in seen) / len(seen)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_stripes_are_the_single_stream(tmp_path, alone, world, split):
-    """The stripes of 2 or 4 processes, put together, are the stream of one, to the last batch of validation; bytes per
-    token, too, are the same in every process."""
-    c4_like(tmp_path, documents=60)
-    one = data.open_data(str(tmp_path), BYTES, split, 16)
-    many = [data.open_data(str(tmp_path), BYTES, split, 16) for _ in range(world)]
-    for _ in range(200):
-        try:
-            x, y = one.batch(3 * world)
-        except data.EndOfData:
-            assert split == "val"
-            for stream in many:
-                with pytest.raises(data.EndOfData):
-                    stream.batch(3, 0, world)
-            break
-        stripes = [stream.batch(3, rank, world) for rank, stream in enumerate(many)]
-        assert torch.equal(torch.cat([x for x, _ in stripes]), x) and torch.equal(torch.cat([y for _, y in stripes]), y)
-        assert {stream.bytes_per_token for stream in many} == {one.bytes_per_token}
-    else:
-        assert split == "train" and one.epoch > 0
+def test_stripes_are_the_single_stream(tmp_path, alone, world):
+    """Stripes, put together, are the stream of one process, to the last batch, and count the same bytes."""
+    c4_like(tmp_path)
+    for split in ("train", "val"):
+        one, many = opened(tmp_path, split), [opened(tmp_path, split) for _ in range(world)]
+        for step in range(200):
+            try:
+                batch = one.batch(3 * world)
+            except data.EndOfData:
+                break
+            stripes = [stream.batch(3, rank, world) for rank, stream in enumerate(many)]
+            assert all(map(torch.equal, map(torch.cat, zip(*stripes)), batch))
+            assert {stream.bytes_per_token for stream in many} == {one.bytes_per_token}
+        assert one.epoch > 0 if split == "train" else 0 < step < 199
+    for stream in many:
+        with pytest.raises(data.EndOfData):
+            stream.batch(3, 0, world)
 
 
 def test_validation_is_always_the_same_and_ends(tmp_path, alone):
-    """Validation hands out every full sequence once, ends, and starts with the same tokens after reset and when opened anew."""
+    """It hands out every full sequence once and ends. After reset, or opened anew, it is the same."""
     c4_like(tmp_path)
-    ids = expected(texts(30, seed=3))
-    stream, passes = data.open_data(str(tmp_path), BYTES, "val", 16), []
+    ids, stream = expected(texts(30, seed=3)), opened(tmp_path, "val")
     for _ in range(2):
-        passes.append([])
+        seen = []
         with pytest.raises(data.EndOfData):
             while True:
-                passes[-1] += flat(stream.batch(4)[1])
+                seen += flat(stream.batch(4)[1])
+        assert seen == ids[1:(len(ids) - 1) // 16 * 16 + 1]
         with pytest.raises(data.EndOfData):
             stream.batch(4)
         stream.reset()
-    assert passes[0] == passes[1] == ids[1:(len(ids) - 1) // 16 * 16 + 1]
-    assert targets(data.open_data(str(tmp_path), BYTES, "val", 16), 1) == ids[1:33]
+    assert targets(opened(tmp_path, "val"), 1) == ids[1:33]
 
 
-@pytest.mark.parametrize("when", range(0, 90, 7))
+@pytest.mark.parametrize("when", range(0, 90, 9))
 def test_resume_equals_unbroken(tmp_path, alone, when):
-    """A stream opened at a saved state goes on with exactly the tokens of the unbroken one, with another batch split and
-    number of processes, token files deleted meanwhile, over shard boundaries and the end of the data."""
+    """From a saved state the tokens go on, for any number of processes. Only the state's shard is made."""
     c4_like(tmp_path, shards=4, documents=12)
-    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
+    stream = opened(tmp_path, seq_len=8)
     targets(stream, when, sequences=4)
     state = json.loads(json.dumps(stream.state_dict()))
     want = targets(stream, 60, sequences=4)
     for file in tmp_path.glob("*.tokens"):
         file.unlink()
-    resumed = [data.open_data(str(tmp_path), BYTES, "train", 8, state=state) for _ in range(2)]
-    got = [flat(s.batch(2, rank, 2)[1]) for _ in range(60) for rank, s in enumerate(resumed)]
-    assert sum(got, []) == want
-    assert resumed[0].state_dict() == stream.state_dict()
-    later = data.open_data(str(tmp_path), BYTES, "train", 8, state=state)
-    assert targets(later, 120, sequences=2) == want
+    resumed = [opened(tmp_path, seq_len=8, state=state) for _ in range(2)]
+    assert [file.name.partition(".bytes")[0] for file in tmp_path.glob("*.tokens")] == [state["shard"]]
+    got = [id for _ in range(60) for rank in (0, 1) for id in flat(resumed[rank].batch(2, rank, 2)[1])]
+    assert got == want and resumed[0].state_dict() == stream.state_dict()
 
 
-def test_resume_needs_only_its_own_shard(tmp_path, alone):
-    """A stream opened at a state in the third shard tokenises that shard and no other."""
+@pytest.mark.parametrize("change, sentence", [
+    (dict(tokenizer="gpt2"), "gpt2"), (dict(shard="gone"), "gone"), (dict(shard_tokens=5), "had 5")])
+def test_resume_from_other_data_is_refused(tmp_path, alone, change, sentence):
     c4_like(tmp_path)
-    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
-    while stream.index < 2:
-        stream.batch(1)
-    for file in tmp_path.glob("*.tokens"):
-        file.unlink()
-    data.open_data(str(tmp_path), BYTES, "train", 8, state=stream.state_dict())
-    assert [file.name[:14] for file in tmp_path.glob("*.tokens")] == ["c4-train.00002"]
+    with pytest.raises(ValueError, match=sentence):
+        opened(tmp_path, state=opened(tmp_path).state_dict() | change)
 
 
-def test_resume_from_other_data_is_refused(tmp_path, alone):
-    """A state of another tokenizer, of a shard that is not there, or of a shard since changed gives a sentence."""
-    c4_like(tmp_path)
-    stream = data.open_data(str(tmp_path), BYTES, "train", 8)
-    state = stream.state_dict()
-    for change, word in [({"tokenizer": "gpt2"}, "gpt2"), ({"shard": "gone"}, "gone"), ({"shard_tokens": 5}, "had 5")]:
-        with pytest.raises(ValueError, match=word):
-            data.open_data(str(tmp_path), BYTES, "train", 8, state=state | change)
-
-
-def test_held_out_share(tmp_path, alone, capsys):
-    """Without a validation file the last 1% of each shard's tokens is validation, the rest training, nothing in both,
-    nothing lost, and one line says so."""
-    ids = []
-    for i in range(2):
-        documents = texts(200, seed=i)
-        (tmp_path / f"part{i}.jsonl").write_bytes(gzip.decompress(json_gz(documents)))
-        ids.append(expected(documents))
-    cuts = [len(part) - len(part) // 100 for part in ids]
-    train = data.open_data(str(tmp_path), BYTES, "train", 4)
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_held_out_share(suffix, tmp_path, alone, capsys):
+    """Without a validation file it is the last 1% of each shard. All text files of a folder are one shard."""
+    shards = [texts(200, 0), texts(200, 1)]
+    shards = shards if suffix == "jsonl" else [["\n".join(shard) for shard in shards]]
+    for i in (0, 1):
+        content = json_lines(shards[i]) if suffix == "jsonl" else shards[0][i].encode()
+        (tmp_path / f"part{i}.{suffix}").write_bytes(content)
+    parts = {"train": [], "val": []}
+    for ids in map(expected, shards):
+        cut = len(ids) - len(ids) // 100
+        parts["train"] += ids[:cut]
+        parts["val"] += ids[cut:]
+    for split, want in parts.items():
+        stream = opened(tmp_path, split, seq_len=1)
+        assert targets(stream, 1, len(want) - 1) == want[1:] and stream.epoch == 0
     assert "last 1%" in capsys.readouterr().err
-    want = [id for part, cut in zip(ids, cuts) for id in part[:cut]]
-    assert targets(train, len(want) // 8 - 1) == want[1:len(want) // 8 * 8 - 7]
-    val = data.open_data(str(tmp_path), BYTES, "val", 1)
-    want = [id for part, cut in zip(ids, cuts) for id in part[cut:]]
-    assert targets(val, len(want) - 1, sequences=1) == want[1:]
     with pytest.raises(data.EndOfData):
-        val.batch(1)
+        stream.batch(1)
 
 
 def test_python_source(tmp_path):
-    """The standard library is there without a download, its two splits share no file, about one in 20 is validation."""
+    """The standard library's splits share no file. One in 20 is validation. Windows of it are shuffled."""
     train, val = shards.python_files("train"), shards.python_files("val")
-    assert not set(train) & set(val) and 0.02 < len(val) / len(train) < 0.1
-    assert [f.stem for f in train] != sorted(f.stem for f in train)
-    stream = data.open_data("python", BYTES, "val", 64, data_dir=str(tmp_path))
-    source = b"".join(file.read_bytes() + b"\xff" for file in val)
-    windows = {bytes(w) for w in np.minimum(stream.tokens[: len(stream.tokens) // 1024 * 1024], 255).astype(np.uint8).reshape(-1, 1024)}
-    assert windows == {source[i : i + 1024] for i in range(0, len(source) - 1023, 1024)}  # all of it, shuffled by windows
-    assert bytes(np.minimum(stream.tokens[:1024], 255).astype(np.uint8)) != source[:1024]
+    assert not set(train) & set(val) and 0.02 < len(val) / len(train) < 0.1 and train != sorted(train)
+    stream = opened("python", "val", 64, data_dir=str(tmp_path))
+    source = np.frombuffer(b"".join(file.read_bytes() + b"\xff" for file in val), np.uint8)
+    windows = len(source) // 1024
+    found = np.minimum(stream.tokens[:windows * 1024], 255).astype(np.uint8).reshape(windows, 1024)
+    source = source[:windows * 1024].reshape(windows, 1024)
+    assert sorted(map(bytes, found)) == sorted(map(bytes, source)) and (found[0] != source[0]).any()
     stream.batch(4)
     assert stream.bytes_per_token > 0.99
 
@@ -1811,14 +1777,10 @@ FOLDERS = {
         "other.txt|test.txt",
     ),
     "words in words": (
-        "Trainspotting.txt|constraints.txt|contrast.txt|interval.jsonl|latest.jsonl|valley.txt",
+        "License to Kill.txt|The Acid Test.txt|The Girl on the Train.txt|Trainspotting.txt|Val d'Isere.txt|"
+        "constraints.txt|contrast.txt|interval.jsonl|latest.jsonl|valley.txt",
         "",
-        "",
-    ),
-    "words in titles": (
-        "License to Kill.txt|The Acid Test.txt|The Girl on the Train.txt|Val d'Isere.txt",
-        "",
-        "",
+        "|".join(f"{i:02}.csv" for i in range(30)),
     ),
     "no text": (
         "b.TXT|zürich.json|中.txt.gz",
@@ -1828,6 +1790,12 @@ FOLDERS = {
         "testset.jsonl|wiki.train.tokens",
     ),
 }
+
+
+def some_of(names, most):
+    """The first names; of more than `most`, how many more."""
+    names = names.split("|")
+    return ", ".join(names[:most] + [f"and {len(names) - most} more"] * (len(names) > most))
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -1843,189 +1811,94 @@ def test_what_is_read_of_a_folder(tmp_path, kind, capsys):
             (tmp_path / name).write_text("x")
     for found, want in zip(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True), (train, val)):
         assert "|".join(sorted(file.name for shard in found for file in shard.files)) == want
+    some = [*map(some_of, (train, val, rest), (6, 6, 20))]
     held = "the last 1% of each shard, as there is no file for it"
-    line = f"training on {train}; validation on {val or held}; not read: {rest or 'nothing'}"
-    assert capsys.readouterr().err == f"{tmp_path}: {line.replace('|', ', ')}\n"
-
-
-def test_very_many_files_are_counted(tmp_path, capsys):
-    """Of very many files the line has the first ones and how many more there are."""
-    for i in range(1000):
-        (tmp_path / f"{i:04d}.txt").touch(), (tmp_path / f"{i:04d}.csv").touch()
-    assert len(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True)[0][0].files) == 1000
-    said = capsys.readouterr().err
-    assert "training on 0000.txt, 0001.txt, 0002.txt, 0003.txt, 0004.txt, 0005.txt, and 994 more; " in said
-    assert said.endswith("0019.csv, and 980 more\n")
-
-
-def test_a_name_loses_no_text(tmp_path, alone):
-    """Of three books, one of them called Trainspotting, every byte is read, in order."""
-    books = {name: f"{name} is a book.\n" * 300 for name in ("Dracula", "Emma", "Trainspotting")}
-    for name, text in books.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    train, val = (data.open_data(str(tmp_path), BYTES, split, 4) for split in ("train", "val"))
-    assert [*train.tokens, *val.tokens] == expected(books.values())
-
-
-NO_TEXT = ["LICENSE.txt, data.parquet", "test.jsonl, val.jsonl", "train/, val/", ".train.jsonl", "nothing"]
-
-
-@pytest.mark.parametrize("files", NO_TEXT)
-def test_a_folder_without_training_text(tmp_path, files):
-    """It is refused, and the sentence names what is there. A file that is given by its own name is read."""
-    for name in files.split(", ") * (files != "nothing"):
-        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=rf"holds no training text .*\.txt.*; found: {re.escape(files)}$"):
-        shards.find_shards(str(tmp_path), BYTES, None, "{}")
-    for file in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.txt")]:
+    line = f"training on {some[0]}; validation on {some[1] or held}; not read: {some[2] or 'nothing'}\n"
+    assert capsys.readouterr().err == f"{tmp_path}: {line}"
+    for file in tmp_path.glob("[!dl]*.txt"):    # given by its own name each is read
         assert shards.find_shards(str(file), BYTES, None, "{}")[0][0].files == [file]
 
 
-def test_validation_without_text(tmp_path, alone):
-    """Bits a byte divides by the bytes of the targets. So validation whose first sequence has none is refused
-    when it is opened, in a file or held out. So are training text without any, and too short a file."""
-    empty = b'{"text": ""}\n'
-    for train, val, split, sentence in [
-        (GOOD * 99, empty * 300, "val", "the val data of .* begins with empty documents"),
-        (GOOD * 999 + empty * 99, b"", "val", "the val data of .* begins with empty documents"),
-        (empty * 300, GOOD * 99, "train", "the train data of .* begins with empty documents"),
-        (GOOD * 99, GOOD * 2, "val", "the val data of .* has 12 tokens, too few for one sequence of 16"),
-        (GOOD * 99, b"\n" * 9, "val", "val.jsonl is empty"),
-        (GOOD * 99, empty * 15 + GOOD, "val", None),  # the last two of the first targets are text
-    ]:
-        for name, content in (("train.jsonl", train), ("val.jsonl", val)):
-            (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
-        if sentence:
-            with pytest.raises(ValueError, match=sentence):
-                data.open_data(str(tmp_path), BYTES, split, 16)
-    _, y = data.open_data(str(tmp_path), BYTES, "val", 16).batch(1)
-    assert flat(y) == [256] * 14 + [*b"he"]
-
-
-# ---- files
-
 def test_stale_token_file_is_remade(tmp_path, alone):
-    """A source that changed, even to the same size, gets new tokens; the old file goes; an unchanged one is not tokenised twice."""
-    source = tmp_path / "a.txt"
-    source.write_text("old " * 20)
-    assert BYTES.decode(data.open_data(str(source), BYTES, "train", 4).batch(1)[0][0]) == "old "
-    (before,) = tmp_path.glob("*.tokens")
-    data.open_data(str(source), BYTES, "train", 4)
-    assert list(tmp_path.glob("*.tokens")) == [before]
-    source.write_text("new " * 20)
-    os.utime(source, ns=(1, before.stat().st_mtime_ns))
-    assert BYTES.decode(data.open_data(str(source), BYTES, "train", 4).batch(1)[0][0]) == "new "
-    (after,) = tmp_path.glob("*.tokens")
-    assert after != before and not list(tmp_path.glob("*.part"))
+    """A source that changed, even to the same size, gets new tokens, and the old file goes. Others stay."""
+    source, files = tmp_path / "a.txt", []
+    for i, text in enumerate(("old ", "new ", "new ")):
+        if i < 2:
+            source.write_text(text * 20)
+            os.utime(source, ns=(1, 10 ** 9 * i))
+        assert BYTES.decode(opened(source, seq_len=4).batch(1)[0][0]) == text
+        files += tmp_path.glob("*.tokens")
+    assert len(files) == 3 and files[0] != files[1] == files[2] and len([*tmp_path.iterdir()]) == 2
 
 
 SLOW = """
-import itertools, os, pathlib, sys, time
-import data
-good, path = data.get_tokenizer("bytes"), sys.argv[1]
+import itertools, os, sys, time, data
+good = data.get_tokenizer("bytes")
 def encode(text):
     os.write(1, b"%d\\n" % os.getpid())
-    time.sleep(0.02)
+    time.sleep(0.01)
     return good.encode(text)
 data.islice = lambda pieces, n: itertools.islice(pieces, 10)  # writes early
-data.open_data(path, data.Tokenizer("bytes", good.pieces, 256, encode), "train", 4)
+data.open_data(sys.argv[1], data.Tokenizer("bytes", good.pieces, 256, encode), "train", 4)
 """
 
 
-def slow_process(path):
-    """Tokenises `path` so slowly that it can be killed or waited for meanwhile; prints a line for each document."""
-    return subprocess.Popen([sys.executable, "-c", SLOW, str(path)], cwd=Path(data.__file__).parent, text=True, stdout=subprocess.PIPE)
+def test_a_killed_writer_and_those_that_wait(tmp_path):
+    """Of three processes one makes the token file. It is killed; another makes all of it, once, for both."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts(200)))
+    read, write = os.pipe()
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "a.jsonl")]
+    processes = [subprocess.Popen(command, cwd=Path(data.__file__).parent, stdout=write) for _ in range(3)]
+    os.close(write)
+    with open(read) as lines:
+        first = {next(lines) for _ in range(100)}
+        os.kill(int(*first), signal.SIGKILL)
+        rest = [line for line in lines if line not in first]
+    assert len(rest) == 200 and len(set(rest)) == 1
+    assert sorted(process.wait() for process in processes) == [-signal.SIGKILL, 0, 0]
+    (file,) = {*tmp_path.iterdir()} - {tmp_path / "a.jsonl"}
+    assert np.fromfile(file, np.uint16).tolist() == expected(texts(200))
 
-
-def test_kill_while_tokenising(tmp_path, alone):
-    """A process killed while it writes tokens leaves no file that is taken as whole; the next one makes it right."""
-    documents = texts(300)
-    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(documents)))
-    with slow_process(tmp_path / "a.jsonl") as process:
-        for _ in range(100):
-            process.stdout.readline()
-        process.kill()
-    assert next(tmp_path.glob("*.part")).stat().st_size > 1000 and not list(tmp_path.glob("*.tokens"))
-    stream = data.open_data(str(tmp_path / "a.jsonl"), BYTES, "train", 4)
-    assert targets(stream, 200) == expected(documents)[1:1601] and not list(tmp_path.glob("*.part"))
-    assert np.fromfile(next(tmp_path.glob("*.tokens")), np.uint16).tolist() == expected(documents)
-
-
-def test_processes_share_the_work(tmp_path):
-    """Three processes that open the same text at once make its token file once, and all read it."""
-    (tmp_path / "a.jsonl").write_bytes(gzip.decompress(json_gz(texts(40))))
-    processes = [slow_process(tmp_path / "a.jsonl") for _ in range(3)]
-    printed = "".join(process.communicate()[0] for process in processes).split()
-    assert not any(process.returncode for process in processes)
-    assert len(printed) == 40 and len(set(printed)) == 1
-    assert len(list(tmp_path.glob("*.tokens"))) == 1 and not list(tmp_path.glob("*.part"))
-
-
-def test_next_shard_is_prepared_beside(tmp_path):
-    """While the first shard is read another process makes the second one's token file, and none after it."""
-    c4_like(tmp_path)
-    data.open_data(str(tmp_path), BYTES, "train", 16)
-    deadline = time.time() + 20
-    while not list(tmp_path.glob("c4-train.00001*.tokens")) and time.time() < deadline:
-        time.sleep(0.05)
-    assert list(tmp_path.glob("c4-train.00001*.tokens")) and not list(tmp_path.glob("c4-train.00002*.tokens"))
-
-
-def test_keep_shards(tmp_path, alone):
-    """keep_shards=2 leaves the shard in use, the one before at its end, and no text of the user's is deleted."""
-    c4_like(tmp_path, shards=5)
-    stream = data.open_data(str(tmp_path), BYTES, "train", 16, keep_shards=2)
-    while stream.epoch == 0:
-        stream.batch(1)
-        assert len(list(tmp_path.glob("c4-train*.tokens"))) <= 2
-    assert len(list(tmp_path.glob("*.json.gz"))) == 6
-
-
-# ---- download
 
 class Server:
-    """Serves a folder under /NAME with Range; `trouble[name]` is a list of what to do to the next requests for it."""
-
+    """Serves a folder under /NAME with Range. trouble[name] lists what to do to the next requests for it."""
     def __init__(self, folder):
-        self.trouble, self.log, self.retry_after, outer = {}, [], "0", self
+        self.folder, self.trouble, self.log, self.retry_after, outer = folder, {}, [], "0", self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def log_message(self, *_):
                 pass
 
             def do_GET(self):
-                name = self.path.strip("/")
-                kind = outer.trouble.get(name, [None]).pop(0) if outer.trouble.get(name) else None
-                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+                name, start = self.path.strip("/"), int(self.headers.get("Range", "bytes=0-")[6:-1])
+                kind = outer.trouble[name].pop(0) if outer.trouble.get(name) else None
                 outer.log.append((name, kind, start))
-                if kind in (429, 503) or not (folder / name).exists():
-                    self.send_response(kind or 404)
+                whole = (folder / name).read_bytes() if (folder / name).exists() else b""
+                start = 0 if kind == "no range" else start
+                if kind in (429, 503) or start >= len(whole):
+                    self.send_response(kind if kind in (429, 503) else 416 if whole else 404)
                     self.send_header("Retry-After", outer.retry_after)
                     return self.end_headers()
-                whole = (folder / name).read_bytes()
-                if start >= len(whole):
-                    self.send_response(416)
-                    return self.end_headers()
-                start = 0 if kind == "no range" else start
-                body = length = whole[start:]
-                if kind == "html":
-                    body = length = b"<!DOCTYPE html><html>log in</html>"
-                elif kind == "drop":
-                    body = body[:len(body) // 2]
-                elif kind == "long":
-                    length = body + b"123"
-                elif kind == "short":
-                    body = length = body[:-5]
-                elif kind == "corrupt":
-                    body = length = body[:200] + bytes(20) + body[220:]
+                body = whole[start:]
+                body = {"html": b"<!DOCTYPE html><html>log in</html>", "short": body[:-5],
+                        "corrupt": body[:200] + bytes(20) + body[220:]}.get(kind, body)
                 self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(length)))
+                self.send_header("Content-Length", str(len(body) + 3 * (kind == "long")))
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(body[:len(body) // 2] if kind == "drop" else body)
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/{{}}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def open(self, seq_len=16, **options):
+        """C4's stream, by downloads from here."""
+        here = str(self.folder.parent / "here")
+        return opened("c4", seq_len=seq_len, data_dir=here, data_url=self.url, **options)
+
+    def starts(self, i):
+        """The first bytes of all that was asked for of shard i."""
+        return [start for name, _, start in self.log if name == C4.format(i)]
 
 
 @pytest.fixture
@@ -2038,91 +1911,89 @@ def server(tmp_path, monkeypatch):
     server.server.server_close()
 
 
-def test_misbehaving_server(tmp_path, server, alone, monkeypatch, capsys):
-    """Dropped connections, 503, 429, wrong lengths, corrupt gzip, a web page with status 200 and a server without Range
-    leave the stream what it is without them; each trouble is told in one line."""
-    waits = []
-    monkeypatch.setattr(data.time, "sleep", waits.append)
+def the_first(ids, stream):
+    """Whether the next targets of `stream` are those of `ids`, to the last whole batch."""
+    return targets(stream, (len(ids) - 1) // 32) == ids[1:(len(ids) - 1) // 32 * 32 + 1]
+
+
+def test_misbehaving_server(tmp_path, server, alone, waits, capsys):
+    """Whatever a server does, the stream is the same. Each trouble is told in a line and costs one request more.
+    In training ten refusals in a row end nothing, and a line says what is waited for."""
     ids = expected(c4_like(tmp_path / "served", documents=300))
-    names = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(3)]
-    server.trouble = {names[0]: ["drop", "drop", 503, None], names[1]: ["html", 429, "short", None],
-                      names[2]: ["corrupt", "long", None, "drop", "no range"]}  # the None is answered 416
-    troubles = {name: kinds[:] for name, kinds in server.trouble.items()}
-    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
-    assert stream.index == 2
-    for name, kinds in troubles.items():
-        assert [kind for n, kind, _ in server.log if n == name] == kinds  # no request more than needed
+    kinds = [["drop", "drop", 503, None], ["html", 429, "short", None],
+             ["corrupt", "long", None, "drop", *[503] * 10, "no range"]]    # after "long" None is a 416
+    server.trouble = {C4.format(i): [*kinds[i]] for i in range(3)}
+    stream = server.open()
+    assert "%|" in capsys.readouterr().err and the_first(ids, stream)
+    for i, name in enumerate(map(C4.format, range(3))):
+        assert [kind for asked, kind, _ in server.log if asked == name] == kinds[i]
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "served" / name).read_bytes()
-    starts = [start for name, _, start in server.log if name == names[0]]
-    assert starts[0] == 0 < starts[1] < starts[2] == starts[3]  # went on, did not start again
-    assert capsys.readouterr().err.count("trying again") == len(waits) >= 9 and 0 in waits
-    assert not list((tmp_path / "here").glob("*.part"))
+    starts, said = server.starts(0), capsys.readouterr().err
+    assert starts[0] == 0 < starts[1] < starts[2] == starts[3] and "%|" not in said
+    assert said.count("waiting for c4-train.0000") == 2 and said.count("trying again") == len(waits) - 3
+    assert len(waits) == 20 and not list((tmp_path / "here").glob("*.part"))
 
 
-def test_download_goes_on_after_a_start_that_was_stopped(tmp_path, server, alone, monkeypatch):
-    """A server that stays away ends in a sentence; what has come is kept, and the next start asks only for the rest."""
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+@pytest.mark.parametrize("background, refusals", [(False, 3), (True, 39)])
+def test_a_server_that_stays_away(tmp_path, server, waits, background, refusals):
+    """It ends in a sentence. In training that takes half an hour, even if it says "Retry-After: 0".
+    What has come is kept, and the next start asks for the rest."""
     c4_like(tmp_path / "served", shards=1, documents=300)
-    name = "c4-train.00000-of-01024.json.gz"
-    server.trouble = {name: ["drop"] + [503] * 10}
-    def open_it():
-        return data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    with pytest.raises(ValueError, match="could not be downloaded .*503.*start again.*--data python"):
-        open_it()
-    assert not list((tmp_path / "here").glob("*.tokens"))
-    server.trouble, server.log = {}, []
-    open_it()
-    assert [start > 0 for n, _, start in server.log if n == name] == [True]
+    server.trouble = {C4.format(0): ["drop"] + [503] * refusals}
+    with open(tmp_path / "x.part", "ab") as file:
+        with pytest.raises(ValueError, match="could not be downloaded .*503.*start again.*--data python"):
+            shards.download(server.url.format(C4.format(0)), file, background)
+        assert len(waits) == refusals and waits[:3] == [1, 0, 0]
+        assert not background or sum(waits) > 1800
+        shards.download(server.url.format(C4.format(0)), file, background)
+    assert 0 == server.starts(0)[0] < server.starts(0)[-1] and not server.trouble[C4.format(0)]
+    assert (tmp_path / "x.part").read_bytes() == (tmp_path / "served" / C4.format(0)).read_bytes()
 
 
-def test_c4_deletes_what_keep_shards_does_not_keep(tmp_path, server, alone):
-    """With --data c4 and keep_shards the downloads go as well, and resuming in a shard that went fetches it again."""
-    c4_like(tmp_path / "served", shards=4)
-    here = tmp_path / "here"
-    options = dict(data_dir=str(here), data_url=server.url, keep_shards=2)
-    stream = data.open_data("c4", BYTES, "train", 16, **options)
-    state, first = stream.state_dict(), targets(stream, 3)
-    while stream.index < 3:
-        stream.batch(1)
-    assert sorted(file.name[:14] for file in here.glob("*.json.gz")) == ["c4-train.00003"]
-    assert targets(data.open_data("c4", BYTES, "train", 16, state=state, **options), 3) == first
-
-
-C4 = "c4-train.{:05d}-of-01024.json.gz"
+@pytest.mark.parametrize("after, least, most", [
+    ("7", 7, 7), ("in 100 s", 99, 101), ("9999999", 3600, 3600), ("soon", 1, 1), ("-3", 1, 1), ("²", 1, 1),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0)])
+def test_retry_after(tmp_path, server, waits, after, least, most):
+    """A server may say how long to wait, in seconds or as a date. An hour is the most, zero the least."""
+    c4_like(tmp_path / "served", shards=1)
+    server.trouble, server.retry_after = {C4.format(0): [503]}, after
+    if after == "in 100 s":
+        server.retry_after = email.utils.formatdate(time.time() + 100, usegmt=True)
+    with open(tmp_path / "x.part", "ab") as file:
+        shards.download(server.url.format(C4.format(0)), file, background=False)
+    assert len(waits) == 1 and least <= waits[0] <= most
 
 
 def test_keep_shards_leaves_nothing_behind(tmp_path, server, alone, monkeypatch):
-    """Wherever a run starts and goes, round the end too, keep_shards=3 leaves the next shard and the two before it: what earlier
-    runs left goes, .part downloads too, but no file that another process is just filling, no other tokenizer's, no text of the user's."""
+    """keep_shards=3 leaves the next shard and two before it, round the end too. What earlier runs left goes.
+    Files that another process is filling stay, as do other tokenizers' and yours. What went comes again."""
     find = data.find_shards
     monkeypatch.setattr(data, "find_shards", lambda *args, say: (find(*args)[0][:6], find(*args)[1]))
     c4_like(tmp_path / "served", shards=6)
-    here = tmp_path / "here"
-    options = dict(data_dir=str(here), data_url=server.url)
-    stream, states = data.open_data("c4", BYTES, "train", 16, **options), {}
-    while stream.epoch == 0:  # all are kept
+    here, stream, states = tmp_path / "here", server.open(), {}
+    while stream.epoch == 0:    # all are kept
         states[stream.index] = stream.state_dict()
         stream.batch(1)
-    others = ["mine.txt", "c4-train.00000-of-01024.json.gz.gpt2.0123456789ab.tokens", "c4-train.00000-of-01024.json.gz.bytes.notes.txt"]
-    for name in [*others, C4.format(0) + ".part", C4.format(1) + ".part", C4.format(3) + ".bytes.0123456789ab.tokens.part", C4.format(2) + ".part"]:
+    others = ["mine.txt", C4.format(0) + ".gpt2.0123456789ab.tokens", C4.format(0) + ".bytes.notes.txt"]
+    parts = [C4.format(i) + ".part" for i in range(3)] + [C4.format(3) + ".bytes.0123456789ab.tokens.part"]
+    for name in others + parts:
         (here / name).write_bytes(b"x")
-    for name in others:
-        (here / name).touch()
 
     def there():
-        return sorted({int(file.name[9:14]) for file in here.iterdir() if file.name.startswith("c4-train") and file.name not in others})
+        names = {file.name for file in here.glob("c4-train*")}.difference(others)
+        return sorted({int(name[9:14]) for name in names})
 
-    with open(here / (C4.format(1) + ".part")) as file:
+    with open(here / parts[1]) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        stream = data.open_data("c4", BYTES, "train", 16, state=states[4], keep_shards=3, **options)
-        assert there() == [1, 3, 4, 5] and (here / (C4.format(1) + ".part")).exists()
-    windows = []
+        stream = server.open(state=states[4], keep_shards=3)
+        assert there() == [1, 3, 4, 5] and (here / parts[1]).exists()
+    windows, before = [], targets(server.open(state=states[4]), 1)
     while len(windows) < 4:
         if stream.batch(1) and (not windows or windows[-1] != (stream.index, there())):
             windows.append((stream.index, there()))
-    assert windows == [(5, [4, 5]), (0, [0, 5]), (1, [0, 1]), (2, [1, 2])]  # the next one is not there yet
+    assert windows == [(5, [4, 5]), (0, [0, 5]), (1, [0, 1]), (2, [1, 2])]    # the next one is not there yet
     assert all((here / name).exists() for name in others)
+    assert targets(server.open(state=states[4]), 1) == before
 
 
 def test_several_processes_of_a_machine_have_one_child(tmp_path, monkeypatch):
@@ -2132,184 +2003,25 @@ def test_several_processes_of_a_machine_have_one_child(tmp_path, monkeypatch):
     c4_like(tmp_path)
     for rank in ("0", "1", None):
         monkeypatch.setenv("LOCAL_RANK", rank) if rank else monkeypatch.delenv("LOCAL_RANK")
-        data.open_data(str(tmp_path), BYTES, "train", 16)
+        opened(tmp_path)
     assert started == ["0", None]
 
 
-def test_trouble_of_the_next_shard_is_told_at_once(tmp_path, capfd):
-    """What is wrong with the second shard is told, in one line, while the first is trained on; which goes on."""
-    c4_like(tmp_path)
-    bad = tmp_path / C4.format(1)
-    bad.write_bytes(bad.read_bytes()[:-40])
-    stream, said, deadline = data.open_data(str(tmp_path), BYTES, "train", 16), "", time.time() + 20
-    while "\n" not in said.partition("made ready ahead")[2] and time.time() < deadline:
-        said += capfd.readouterr().err
-        time.sleep(0.05)
-    (line,) = [line for line in said.splitlines() if "made ready ahead" in line]
-    assert "could not be made ready ahead" in line and "it is tried again later" in line
-    assert "00001-of-01024.json.gz cannot be read after line" in line
-    stream.batch(1)
-
-
-def test_training_waits_longer_than_a_start(tmp_path, server, alone, monkeypatch, capsys):
-    """While training is under way a server may stay away ten times in a row, where a start gives up after four; what is
-    waited for is told in one line, and no second bar is drawn."""
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
-    ids = expected(c4_like(tmp_path / "served", shards=2))
-    server.trouble = {C4.format(1): [503] * 10}
-    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    assert "%|" in capsys.readouterr().err
-    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
-    said = capsys.readouterr().err
-    assert said.count("waiting for c4-train.00001") == 1 and said.count("trying again") == 10 and "%|" not in said
-
-
-@pytest.mark.parametrize("after, least, most", [("7", 7, 7), ("date", 99, 101), ("9999999", 3600, 3600), ("soon", 1, 1), ("-3", 1, 1),
-                                                ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("²", 1, 1)])
-def test_retry_after(tmp_path, server, alone, monkeypatch, after, least, most):
-    """A server may say how long to wait in seconds or as a date; at most an hour is waited, and never less than nothing."""
-    waits = []
-    monkeypatch.setattr(data.time, "sleep", waits.append)
-    c4_like(tmp_path / "served", shards=1)
-    server.trouble, server.retry_after = {C4.format(0): [503]}, after
-    if after == "date":
-        server.retry_after = email.utils.formatdate(time.time() + 100, usegmt=True)
-    data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    assert len(waits) == 1 and least <= waits[0] <= most
-
-
-def test_a_server_that_says_0_does_not_use_up_the_patience(tmp_path, server, alone, monkeypatch):
-    """Forty refusals with "Retry-After: 0" last more than half an hour all the same."""
-    waits = []
-    monkeypatch.setattr(data.time, "sleep", waits.append)
-    (tmp_path / "served").mkdir()
-    with open(tmp_path / "x.part", "ab") as file, pytest.raises(ValueError, match="could not be downloaded"):
-        shards.download(server.url.replace("{}", "x"), file, background=True)
-    assert len(waits) == 39 and waits[:3] == [0, 0, 0] and sum(waits) > 1800
-
-
-# ---- interrupted
-
-@contextmanager
-def interrupted_after(seconds):
-    """Ctrl-C: a signal handler that raises."""
-    def raise_it(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, raise_it)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def read_on(stream, got, until):
-    """Batches over many shards are read to `got` until it has `until` values. Returns the state before the last try, which failed or not."""
-    while len(got) < until:
-        state = copy.deepcopy(stream.state_dict())
-        try:
-            got += flat(stream.batch(8)[1])
-        except BaseException:
-            assert stream.state_dict() == state
-            raise
-
-
-def test_interrupted_while_waiting_for_another_process(tmp_path, alone):
-    """Ctrl-C while another process holds the lock on the next shard leaves the stream where it stood: read on, it repeats and skips nothing."""
-    ids = expected(c4_like(tmp_path, shards=3, documents=12))
-    stream = data.open_data(str(tmp_path), BYTES, "train", 100)
-    path = stream.shards[2].prepare()
-    path.unlink()
-    got = []
-    with open(f"{path}.part", "ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with interrupted_after(0.5):
-            read_on(stream, got, len(ids))
-    state = stream.state_dict()
-    read_on(stream, got, len(ids) - 801)
-    assert got == ids[1:len(got) + 1] and stream.index == 2 and not list(tmp_path.glob("*.part"))
-    again = data.open_data(str(tmp_path), BYTES, "train", 100, state=state)
-    assert flat(again.batch(8)[1]) == ids[state["seen"] + 1:state["seen"] + 801]
-
-
-def test_interrupted_while_waiting_for_the_network(tmp_path, server, alone, capsys):
-    """Ctrl-C between two tries of a download keeps what has come, frees the lock, and leaves the stream where it stood."""
-    ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
-    server.trouble, server.retry_after = {C4.format(1): ["drop"] + [503] * 9}, "60"
-    stream, got = data.open_data("c4", BYTES, "train", 100, data_dir=str(tmp_path / "here"), data_url=server.url), []
-    with interrupted_after(2):
-        read_on(stream, got, len(ids))
-    assert "trying again in 60 s" in capsys.readouterr().err and (tmp_path / "here" / (C4.format(1) + ".part")).stat().st_size > 1000
-    server.trouble, server.log = {}, []
-    read_on(stream, got, len(ids) - 801)
-    assert got == ids[1:len(got) + 1] and [start > 0 for name, _, start in server.log if name == C4.format(1)] == [True]
-
-
-def test_a_damaged_shard_mended_is_read_on(tmp_path, alone):
-    """After a damaged shard stopped a batch that had begun in the shard before, and has been mended, the stream goes on without a gap."""
-    ids = expected(c4_like(tmp_path, shards=3, documents=12))
-    bad, got = tmp_path / C4.format(2), []
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:-40])
-    stream = data.open_data(str(tmp_path), BYTES, "train", 100)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="00002"):
-            read_on(stream, got, len(ids))
-    bad.write_bytes(whole)
-    read_on(stream, got, len(ids) - 801)
-    assert got == ids[1:len(got) + 1] and stream.index == 2
-
-
-def test_interrupted_just_after_a_file_was_whole(tmp_path, monkeypatch):
-    """Ctrl-C at the very moment of the rename stays Ctrl-C, and the file stays."""
-    rename = Path.rename
-    def rename_and_raise(*args):
-        rename(*args)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(Path, "rename", rename_and_raise)
-    with pytest.raises(KeyboardInterrupt):
-        shards.make(tmp_path / "x", lambda file: file.write(b"whole"))
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"whole")]
-
-
-# ---- children
-
-def test_the_child_ends_with_a_killed_parent(tmp_path, server):
-    """Kill -9 of training ends the process beside it within seconds, in the middle of a wait for the network; the next start goes on from there."""
-    ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
-    server.trouble, server.retry_after = {C4.format(1): ["drop"] + [503] * 99}, "1000"
-    script = ("import data, sys, time\nif __name__ == '__main__':\n"
-              "    data.open_data('c4', data.get_tokenizer('bytes'), 'train', 16, data_dir=sys.argv[1], data_url=sys.argv[2])\n    time.sleep(100)\n")
-    (tmp_path / "script.py").write_text(script)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "here"), server.url],
-                               env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.time() + 30
-    while [name for name, *_ in server.log].count(C4.format(1)) < 2 and time.time() < deadline:
+def wait_for(condition, seconds=30):
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
         time.sleep(0.02)
-    part = tmp_path / "here" / (C4.format(1) + ".part")
-    with open(part, "ab") as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child is at it
-        process.kill()
-        process.wait()
-        with killed_within(5):
-            fcntl.flock(file, fcntl.LOCK_EX)
-    server.trouble, server.log = {}, []
-    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    assert targets(stream, len(ids) // 32 - 1) == ids[1:len(ids) // 32 * 32 - 31]
-    assert [start > 0 for name, _, start in server.log if name == C4.format(1)] == [True]
+    assert condition()
+
+
+def raise_(error):
+    raise error
 
 
 @contextmanager
-def killed_within(seconds):
-    """Fails instead of waiting for ever."""
-    def fail(*_):
-        raise AssertionError("the lock is still held")
-
-    before = signal.signal(signal.SIGALRM, fail)
+def alarm(seconds, error):
+    """Raises `error` after so many seconds, as Ctrl-C does: from a signal handler."""
+    before = signal.signal(signal.SIGALRM, lambda *_: raise_(error))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -2318,66 +2030,122 @@ def killed_within(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def stream_over_a_bad_server(tmp_path, server, monkeypatch, shards, seed=0):
-    """Reads `shards` shards with real processes beside, from a server that misbehaves at random, and checks tokens and disk."""
-    rng, find = random.Random(seed), data.find_shards
-    monkeypatch.setattr(data, "find_shards", lambda *args, say: (find(*args)[0][:shards], find(*args)[1]))
-    ids, here = expected(c4_like(tmp_path / "served", shards=shards, documents=40)), tmp_path / "here"
-    kinds = ("drop", 503, 429, "html", "corrupt", "short", "long", "no range")
-    server.trouble = {C4.format(i): rng.sample(kinds, rng.choice((0, 0, 1, 2))) for i in range(shards)}
-    stream = data.open_data("c4", BYTES, "train", 16, data_dir=str(here), data_url=server.url, keep_shards=2)
-    got, troubles = [], {}
+@pytest.mark.parametrize("trouble", ["lock", "network", "damage"])
+def test_a_batch_that_fails_skips_nothing(trouble, tmp_path, server, alone):
+    """A batch over several shards ends by Ctrl-C, in a wait for a lock or the network, or by a damaged shard.
+    Later the stream goes on where it stood, and a download where it was."""
+    ids, got = expected(c4_like(tmp_path / "served", documents=200 if trouble == "network" else 12)), []
+    stream = server.open(100) if trouble == "network" else opened(tmp_path / "served", seq_len=100)
+    bad, part = tmp_path / "served" / C4.format(2), None
+
+    def read_on(until):
+        while len(got) < until:
+            state = stream.state_dict()
+            try:
+                got.extend(flat(stream.batch(8)[1]))
+            except BaseException:
+                assert stream.state_dict() == state
+                raise
+
+    if trouble == "damage":
+        bad.write_bytes(json_gz(texts(12, 2))[:-40])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"00002-of-01024.json.gz cannot be read after line \d"):
+                read_on(len(ids))
+        bad.write_bytes(json_gz(texts(12, 2)))
+    else:
+        path = stream.shards[2].prepare() if trouble == "lock" else tmp_path / "here" / C4.format(2)
+        path.unlink(missing_ok=True)
+        server.trouble = {C4.format(2): ["drop"]}
+        with open(f"{path}.part", "ab") as other, pytest.raises(KeyboardInterrupt):
+            if trouble == "lock":
+                fcntl.flock(other, fcntl.LOCK_EX)
+            with alarm(0.5, KeyboardInterrupt):
+                read_on(len(ids))
+        server.log = []
+    read_on(len(ids) - 801)
+    assert got == ids[1:len(got) + 1] and stream.index == 2 and not list(tmp_path.rglob("*.part"))
+    assert trouble != "network" or len(server.starts(2)) == 1 and server.starts(2)[0] > 1000
+
+
+def test_interrupted_just_after_a_file_was_whole(tmp_path, monkeypatch):
+    """Ctrl-C at the very moment of the rename stays Ctrl-C, and the file stays."""
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda *args: (rename(*args), raise_(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        shards.make(tmp_path / "x", lambda file: file.write(b"whole"))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"whole")]
+
+
+CHILD = """
+import data, multiprocessing, sys, time
+if __name__ == "__main__":
+    data.open_data("c4", data.get_tokenizer("bytes"), "train", 16, data_dir=sys.argv[1], data_url=sys.argv[2])
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_the_child_ends_with_a_killed_parent(tmp_path, server):
+    """The process beside training runs only on idle cores. Killed training takes it along, in whatever wait.
+    The next start goes on from there."""
+    ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
+    server.trouble, server.retry_after = {C4.format(1): ["drop"] + [503] * 99}, "1000"
+    (tmp_path / "script.py").write_text(CHILD)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "here"), server.url]
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = int(process.stdout.readline())
+    wait_for(lambda: len(server.starts(1)) == 2)
+    assert os.sched_getscheduler(child) == getattr(os, "SCHED_IDLE", 0)
+    with open(tmp_path / "here" / (C4.format(1) + ".part"), "ab") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the child is at it
+        process.kill()
+        process.communicate()
+        with alarm(10, AssertionError("the lock is still held")):
+            fcntl.flock(file, fcntl.LOCK_EX)
+    server.trouble, server.log = {}, []
+    assert the_first(ids, server.open())
+    assert len(server.starts(1)) == 1 and server.starts(1)[0] > 1000
+
+
+def test_processes_beside_training(tmp_path, server, monkeypatch, capfd):
+    """With real ones, a bad server and keep_shards=2 the tokens are those of the undisturbed stream. The next
+    shard comes ahead, or is waited for. What is wrong with it is told at once and stops nothing."""
+    find, here = data.find_shards, tmp_path / "here"
+    monkeypatch.setattr(data, "find_shards", lambda *args, say: (find(*args)[0][:3], find(*args)[1]))
+    ids, names, said = expected(c4_like(tmp_path / "served")), [C4.format(i) for i in range(3)], []
+    server.trouble = {names[1]: [503, 429], names[2]: ["drop", "corrupt"]}
+    here.mkdir()
+    (here / names[1]).write_bytes(json_gz(texts(30))[:-40])
+    stream = server.open(keep_shards=2)
+    wait_for(lambda: said.append(capfd.readouterr().err) or "later\n" in "".join(said))
+    assert re.search(f"not be made ready ahead .*{names[1]} cannot be read after line .* later", "".join(said))
+    (here / names[1]).unlink()
+    got = targets(stream, 1)
     while len(got) < len(ids) - 33:
-        got += flat(stream.batch(2)[1])
-        window = {stream.index, (stream.index + 1) % shards}
-        there = {int(file.name[9:14]) for file in here.iterdir() if file.name.startswith("c4-train")}
-        assert there <= window, (stream.index, there)
-        if stream.index not in troubles:
-            troubles[stream.index] = True
-            if rng.random() < 0.7:  # the child is done first; else the shard is wanted while it is at it
-                deadline = time.time() + 30
-                while not list(here.glob(C4.format((stream.index + 1) % shards) + "*.tokens")) and time.time() < deadline:
-                    time.sleep(0.02)
-            else:
-                time.sleep(1)
+        before = stream.index
+        got += targets(stream, 1)
+        if before < stream.index == 1:
+            wait_for(lambda: list(here.glob(names[2] + "*.tokens")))
+        there = {file.name[:len(names[0])] for file in here.glob("c4-train*")}
+        assert there <= {names[stream.index], names[(stream.index + 1) % 3]}
     assert got == ids[1:len(got) + 1]
-    return server
 
 
-def test_shards_stream_past_a_bad_server(tmp_path, server, monkeypatch):
-    """With real processes beside, a server that misbehaves and keep_shards=2, the tokens are those of the undisturbed stream, and no more than
-    two shards are ever on disk."""
-    stream_over_a_bad_server(tmp_path, server, monkeypatch, shards=4)
-
-
-def test_low_priority(tmp_path, server):
-    """The process beside training runs in the scheduler's idle class: only while nobody else wants the core."""
-    if not hasattr(os, "SCHED_IDLE"):
-        pytest.skip("no SCHED_IDLE here")
-    c4_like(tmp_path / "served", shards=1)
-    server.retry_after, before = "1000", set(multiprocessing.active_children())
-    data.open_data("c4", BYTES, "train", 16, data_dir=str(tmp_path / "here"), data_url=server.url)
-    (child,) = set(multiprocessing.active_children()) - before
-    deadline = time.time() + 20
-    while C4.format(1) not in [name for name, *_ in server.log] and time.time() < deadline:
-        time.sleep(0.02)
-    policy = os.sched_getscheduler(child.pid)
-    child.kill()
-    assert policy == os.SCHED_IDLE
-
-
-# ---- bad input
-
-GOOD = b'{"text": "hello"}\n'
+EMPTY = b'{"text": ""}\n'
+LONG = json_gz([random.Random(0).randbytes(50000).hex()] * 3)
 BAD = {
     "missing": (None, "does not exist"),
     "empty_file.jsonl": (b"", "empty_file.jsonl is empty"),
     "empty_gz.json.gz": (gzip.compress(b""), "empty_gz.json.gz is empty"),
-    "empty_folder": ({}, "holds no training text"),
+    "empty_folder": ({}, "holds no training text .*; found: nothing$"),
+    "other": ({".train.jsonl": GOOD, "a.csv": b"a"}, "no training text .*; found: .train.jsonl, a.csv$"),
+    "only_val": ({"test.jsonl": GOOD, "val.jsonl": GOOD}, "no training text .*; found: test.jsonl, val"),
     "other.csv": (b"a,b", "holds no training text"),
     "no_gzip.json.gz": (GOOD, "no_gzip.json.gz cannot be read after line 0: Not a gzipped file"),
-    "cut.json.gz": (gzip.compress(b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(900) for i in range(999)))[:-9000],
-                    r"cut.json.gz cannot be read after line \d\d\d: Compressed file ended"),
+    "cut.json.gz": (LONG[:-200], r"cut.json.gz cannot be read after line \d: Compressed file ended"),
     "bad_crc.json.gz": (gzip.compress(GOOD)[:-6] + b"123456", "crc.json.gz cannot be read after line 1: CRC"),
     "no_json.jsonl": (GOOD * 2 + b"{oops\n" + GOOD, "no_json.jsonl, line 3: not json"),
     "cut_line.jsonl": (GOOD * 2 + b'{"text": "hel', "cut_line.jsonl, line 3: not json"),
@@ -2391,13 +2159,17 @@ BAD = {
     "latin.txt": (b"abc\n" * 99999 + "å".encode("latin1") + b"\n", "latin.txt, byte 399996: not UTF-8"),
     "short.txt": (b"0123456789", "11 tokens, too few for one sequence of 64"),
     "second_is_bad": ({"a.jsonl": GOOD * 2, "b.jsonl": b"{"}, "b.jsonl, line 1: not json"),
-    "only_val": ({"val.jsonl": GOOD * 99}, "holds no training text"),
+    "no_target.jsonl": (EMPTY * 300 + GOOD * 99, "the train data of .* begins with empty documents"),
+    "val: empty": ({"a.jsonl": GOOD * 99, "val.jsonl": b"\n" * 9}, "val.jsonl is empty"),
+    "val: short": ({"a.jsonl": GOOD * 99, "val.jsonl": GOOD * 2}, "the val data .* has 12 tokens, too few"),
+    "val: no target": ({"a.jsonl": GOOD * 99, "val.jsonl": EMPTY * 300}, "the val data .* empty documents"),
+    "val: none held out": ({"a.jsonl": GOOD * 2000 + EMPTY * 200}, "the val data .* empty documents"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(tmp_path, alone, name):
-    """Each wrong input is refused with one sentence that has the name and the line or byte, and no file is changed or left over."""
+    """A sentence says what is wrong, with the name and the line or byte. No file is changed or left over."""
     content, sentence = BAD[name]
     if isinstance(content, dict):
         (tmp_path / name).mkdir()
@@ -2405,101 +2177,87 @@ def test_bad_input(tmp_path, alone, name):
             (tmp_path / name / file).write_bytes(inner)
     elif content is not None:
         (tmp_path / name).write_bytes(content)
-    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=sentence) as error:
-        data.open_data(str(tmp_path / name), BYTES, "train", 64)
+        opened(tmp_path / name, "val" if "val:" in name else "train", 64)
     assert "\n" not in str(error.value)
-    after = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and not f.name.startswith(("a.jsonl.", "short"))}
-    assert after == {f: b for f, b in before.items() if not f.name.startswith("short")}
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    whole = [file for file in after if file.suffix == ".tokens"]    # of text that could be read
+    assert {file: after[file] for file in after.keys() - whole} == before
+
+
+def test_validation_may_begin_with_empty_documents(tmp_path, alone):
+    """One byte of text among the first targets is enough, as bits a byte divide by it."""
+    (tmp_path / "val.jsonl").write_bytes(EMPTY * 16 + GOOD)
+    (tmp_path / "train.jsonl").write_bytes(GOOD * 99)
+    assert flat(opened(tmp_path, "val").batch(1)[1]) == [256] * 15 + [*b"h"]
 
 
 def test_a_source_that_cannot_be_read(tmp_path, alone, monkeypatch):
-    """What the system does not let be read is named, and no other --data_dir is asked for. A file or folder
-    without permission is told at the start, one that is gone or fails when its turn comes."""
-
-    def refused(sentence, stream):
+    """It is named: without permission at the start, gone or failing in its turn. It is no matter of --data_dir."""
+    @contextmanager
+    def refused(sentence):
         with pytest.raises((ValueError, OSError), match=re.escape(str(sentence))) as error:
-            targets(stream(), 10000)
+            with monkeypatch.context() as patch:
+                yield patch
         assert "--data_dir" not in str(error.value) and not list(tmp_path.rglob("*.part"))
 
     def denied(file, *mode):
         raise PermissionError(13, "Permission denied", str(file))
 
-    def broken(file, *mode):
-        raise OSError(5, "Input/output error")
-
-    def whole():
-        return data.open_data(str(tmp_path / "d"), BYTES, "train", 16)
-
-    c4_like(tmp_path / "d")
-    last = tmp_path / "d" / "c4-train.00002-of-01024.json.gz"
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Path, "iterdir", denied)
-        refused(f"{tmp_path / 'd'} cannot be read: Permission denied", whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(shards, "open", lambda *file: (denied if file[0] == last else open)(*file), raising=False)
-        refused(f"{last} cannot be read: Permission denied", whole)
-    assert not list(tmp_path.rglob("*.tokens"))
-    stream = whole()
-    with monkeypatch.context() as patch:
-        patch.setattr(data.gzip, "open", broken)
-        refused("c4-train.00001-of-01024.json.gz cannot be read after line 0: [Errno 5]", lambda: stream)
+    c4_like(tmp_path)
+    last, mine = tmp_path / C4.format(2), [*tmp_path.iterdir()]
+    with refused(f"{tmp_path} cannot be read: Permission denied") as patch:
+        patch.setattr(Path, "iterdir", denied)
+        opened(tmp_path)
+    with refused(f"{last} cannot be read: Permission denied") as patch:
+        patch.setitem(vars(shards), "open", lambda *file: (denied if file[0] == last else open)(*file))
+        opened(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(mine)
+    stream = opened(tmp_path)
+    with refused(f"{C4.format(1)} cannot be read after line 0: [Errno 5]") as patch:
+        patch.setattr(gzip, "open", lambda *_: raise_(OSError(5, "Input/output error")))
+        targets(stream, 10000)
     last.unlink()
-    refused(last, lambda: stream)
-    (tmp_path / "c4-train.00000-of-01024.json.gz").mkdir()
-    c4 = dict(data_dir=str(tmp_path), data_url="http://127.0.0.1:9/{}")
-    refused("c4-train.00000-of-01024.json.gz cannot be read after line 0: [Errno 21]",
-            lambda: data.open_data("c4", BYTES, "train", 16, **c4))  # fmt: skip
+    with refused(last):
+        targets(stream, 10000)
 
 
 def test_disk_full_and_folder_not_writable(tmp_path, alone, monkeypatch):
-    """No room on disk and a data folder that cannot be made each give one sentence, and leave what was there."""
+    """No room on disk, or a data folder that cannot be made, gives one sentence and leaves what was there."""
     (tmp_path / "a.txt").write_text("hello " * 50)
-    (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="could not be made.*--data_dir"):
-        data.open_data(str(tmp_path / "a.txt"), BYTES, "train", 4, data_dir=str(tmp_path / "file" / "sub"))
-    if os.path.exists("/dev/full"):
-        monkeypatch.setattr(data.os, "fsync", lambda _: open("/dev/full", "wb", buffering=0).write(b"x"))
-        with pytest.raises(ValueError, match="No space left on device"):
-            data.open_data(str(tmp_path / "a.txt"), BYTES, "train", 4)
-    assert {f.name for f in tmp_path.iterdir()} == {"a.txt", "file"}
+        opened(tmp_path / "a.txt", data_dir=str(tmp_path / "a.txt" / "sub"))
+    monkeypatch.setattr(os, "fsync", lambda _: raise_(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="could not be made.*No space left on device.*--data_dir"):
+        opened(tmp_path / "a.txt")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_corrupt_local_shard_stops_when_it_is_needed(tmp_path, alone):
-    """A corrupt second shard lets the first be trained on to its end, then stops with its name and line; it is not skipped."""
-    c4_like(tmp_path, shards=3)
-    bad = tmp_path / "c4-train.00001-of-01024.json.gz"
-    bad.write_bytes(json_gz(texts(30, 1))[:-40])
-    stream = data.open_data(str(tmp_path), BYTES, "train", 16)
-    with pytest.raises(ValueError, match=r"c4-train.00001-of-01024.json.gz cannot be read after line \d+"):
-        targets(stream, 10000)
-    assert stream.index == 0
-
-
-def test_wrong_names(monkeypatch, tmp_path, alone):
-    """An unknown tokenizer lists what there is, one that cannot be downloaded says how to bring it, a data_url needs its {}."""
+def test_wrong_names(monkeypatch, tmp_path):
+    """An unknown tokenizer lists what there is. One that cannot be downloaded says how to bring it."""
     with pytest.raises(ValueError, match="no tokenizer 'gpt9'; there are: bytes, gpt2"):
         data.get_tokenizer("gpt9")
-    def refuse(name):
-        raise ConnectionError("no network")
-    monkeypatch.setattr(data.tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda _: raise_(ConnectionError("no network")))
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR.*'bytes', which needs no file"):
         data.get_tokenizer("gpt2")
     with pytest.raises(ValueError, match="needs a {}"):
-        data.open_data("c4", BYTES, "train", 8, data_url="http://127.0.0.1/x", data_dir=str(tmp_path))
+        opened("c4", data_url="http://127.0.0.1/x")
     with pytest.raises(ValueError, match="at least 2"):
-        data.open_data("c4", BYTES, "train", 8, keep_shards=1, data_dir=str(tmp_path))
+        opened("c4", keep_shards=1)
 
 
-def test_command_line(tmp_path):
-    """`python data.py` prepares training and validation shards and prints tokens and tokens/s; a wrong path is one sentence."""
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """`python data.py` prepares training and validation shards, and prints tokens and tokens/s."""
     c4_like(tmp_path)
-    command = [sys.executable, data.__file__, "--tokenizer", "bytes"]
-    done = subprocess.run([*command, "--data", str(tmp_path), "--shards", "2"], capture_output=True, text=True)
+    command = [data.__file__, "--tokenizer", "bytes", "--data", str(tmp_path), "--shards", "2"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0 and len(list(tmp_path.glob("*.tokens"))) == 3, done.stderr
     assert done.stdout.count("tokens\n") == 3 and "M/s per core" in done.stderr
-    done = subprocess.run([*command, "--data", str(tmp_path / "gone")], capture_output=True, text=True)
-    assert done.returncode == 2 and "gone does not exist" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [*command, "--data", "gone"])
+    with pytest.raises(SystemExit, match="2"):
+        data.main()
+    assert "gone does not exist" in capsys.readouterr().err
 
 
 # ----- train.py -----------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks it for a name that will go
     with TemporaryDirectory() as folder:
         if args.quick:
-            tiny = dict(out=args.out.with_name("glue-quick.json"), seeds=[0], epochs=5, update_proj_gap=20, full_lrs=[3e-3], galore_lrs=[3e-3], lora_lrs=[1e-2],
+            tiny = dict(out=args.out.with_name("glue-quick.json"), seeds=[0], epochs=3, update_proj_gap=20, full_lrs=[5e-3], galore_lrs=[5e-3], lora_lrs=[1e-2],
                         tasks=["CoLA", "STS-B", "MRPC", "MNLI"])  # fmt: skip  (without a header, regression, a header of its own, three classes)
             vars(args).update({key: value for key, value in tiny.items() if getattr(args, key) == parser.get_default(key)})
             if not args.model:
