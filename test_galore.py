@@ -1659,7 +1659,7 @@ def test_the_form_of_a_file_does_not_change_its_tokens(threads, tmp_path, monkey
 
 @pytest.mark.parametrize("sequences", [1, 3, 50])
 def test_every_token_once_over_shard_boundaries(tmp_path, alone, sequences, capsys):
-    """A pass has every token once as a target, in order. Its end is told, with its length, and it starts over.
+    """A pass has every token once as a target, in order. Its end is told, with its length. It starts over.
     keep_shards leaves two token files, and deletes no text of yours."""
     ids, seen = expected(c4_like(tmp_path)), []
     stream = opened(tmp_path, keep_shards=2)
@@ -1917,7 +1917,7 @@ def the_first(ids, stream):
 
 
 def test_misbehaving_server(tmp_path, server, alone, waits, capsys):
-    """Whatever a server does, the stream is the same. Each trouble is told in a line and costs one request more.
+    """Whatever a server does, the stream is the same. Each trouble is told in a line and costs one request.
     In training ten refusals in a row end nothing, and a line says what is waited for."""
     ids = expected(c4_like(tmp_path / "served", documents=300))
     kinds = [["drop", "drop", 503, None], ["html", 429, "short", None],
@@ -2086,7 +2086,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_child_ends_with_a_killed_parent(tmp_path, server):
+def test_the_child_ends_with_a_killed_parent(tmp_path, server, alone):
     """The process beside training runs only on idle cores. Killed training takes it along, in whatever wait.
     The next start goes on from there."""
     ids = expected(c4_like(tmp_path / "served", shards=2, documents=200))
@@ -2121,7 +2121,7 @@ def test_processes_beside_training(tmp_path, server, monkeypatch, capfd):
     (here / names[1]).write_bytes(json_gz(texts(30))[:-40])
     stream = server.open(keep_shards=2)
     wait_for(lambda: said.append(capfd.readouterr().err) or "later\n" in "".join(said))
-    assert re.search(f"not be made ready ahead .*{names[1]} cannot be read after line .* later", "".join(said))
+    assert re.search(f"made ready ahead .*{names[1]} cannot be read after line .* later", "".join(said))
     (here / names[1]).unlink()
     got = targets(stream, 1)
     while len(got) < len(ids) - 33:
@@ -2194,7 +2194,7 @@ def test_validation_may_begin_with_empty_documents(tmp_path, alone):
 
 
 def test_a_source_that_cannot_be_read(tmp_path, alone, monkeypatch):
-    """It is named: without permission at the start, gone or failing in its turn. It is no matter of --data_dir."""
+    """It is named: without permission at the start, gone or failing in its turn. --data_dir does not help."""
     @contextmanager
     def refused(sentence):
         with pytest.raises((ValueError, OSError), match=re.escape(str(sentence))) as error:
