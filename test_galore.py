@@ -1673,7 +1673,7 @@ def test_every_token_once_over_shard_boundaries(tmp_path, alone, sequences, caps
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_validation_ends_and_is_always_the_same(tmp_path, alone, world):
-    """Stripes, put together, are every full sequence once. It ends for all processes. Reset starts it anew."""
+    """Stripes, put together, are every full sequence once. It ends for all processes. Reset starts anew."""
     c4_like(tmp_path)
     ids, streams = expected(texts(30, seed=3)), [opened(tmp_path, "val") for _ in range(world)]
     for _ in range(2):
@@ -1716,14 +1716,12 @@ def test_resume_from_other_data_is_refused(tmp_path, alone, change, sentence):
         opened(tmp_path, state=opened(tmp_path).state_dict() | change)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
-def test_held_out_share(suffix, tmp_path, alone, capsys):
+def test_held_out_share(tmp_path, alone, capsys):
     """Without a validation file it is the last 1% of each shard. All text files of a folder are one shard."""
-    shards = [texts(200, 0), texts(200, 1)]
-    shards = shards if suffix == "jsonl" else [["\n".join(shard) for shard in shards]]
+    shards = [texts(200, 0), ["\n".join(texts(100, 1)), "\n".join(texts(100, 2))]]
+    (tmp_path / "0.jsonl").write_bytes(json_lines(shards[0]))
     for i in (0, 1):
-        content = json_lines(shards[i]) if suffix == "jsonl" else shards[0][i].encode()
-        (tmp_path / f"part{i}.{suffix}").write_bytes(content)
+        (tmp_path / f"{i}.txt").write_bytes(shards[1][i].encode())
     parts = {"train": [], "val": []}
     for ids in map(expected, shards):
         cut = len(ids) - len(ids) // 100
@@ -1732,9 +1730,7 @@ def test_held_out_share(suffix, tmp_path, alone, capsys):
     for split, want in parts.items():
         stream = opened(tmp_path, split, seq_len=1)
         assert targets(stream, 1, len(want) - 1) == want[1:] and stream.epoch == 0
-    assert "last 1%" in capsys.readouterr().err
-    with pytest.raises(data.EndOfData):
-        stream.batch(1)
+    assert "validation on the last 1% of each shard" in capsys.readouterr().err
 
 
 def test_python_source(tmp_path):
@@ -1752,51 +1748,38 @@ def test_python_source(tmp_path):
 
 
 # what lies in a folder: training text, validation, and what is not read
-FOLDERS = {
-    "split": (
-        "TRAIN.JSONL|c4-train.00000-of-01024.json.gz|my-training-data.txt|train (1).jsonl|trainset.json",
-        "Eval.TXT.GZ|dev.json|my_validation.txt|train_val.jsonl|valid-00000.jsonl|x.val.2.txt",
-        "other.txt|test.txt",
-    ),
-    "words in words": (
-        "License to Kill.txt|The Acid Test.txt|The Girl on the Train.txt|Trainspotting.txt|Val d'Isere.txt|"
-        "constraints.txt|contrast.txt|interval.jsonl|latest.jsonl|valley.txt",
-        "",
-        "|".join(f"{i:02}.csv" for i in range(30)),
-    ),
-    "no text": (
-        "b.TXT|zürich.json|中.txt.gz",
-        "valset (2).jsonl",
-        "._train.txt|.hidden.jsonl|.val.txt|COPYING.txt|LICENSE.txt|README_en.TXT|a.jsonl.zst|"
-        "c.json.gz.part|dangling.txt|data.licence.txt|folder.jsonl/|loop.txt|noformat|readme.txt|"
-        "testset.jsonl|wiki.train.tokens",
-    ),
-}
+FOLDERS = [(
+    "TRAIN.JSONL|c4-train.00000-of-01024.json.gz|my-training-data.txt|train (1).jsonl|trainset.json",
+    "Eval.TXT.GZ|dev.json|my_validation.txt|train_val.jsonl|valid-00000.jsonl|x.val.2.txt",
+    "other.txt|test.txt",
+), (
+    "License to Kill.txt|The Acid Test.txt|The Girl on the Train.txt|Trainspotting.txt|Val d'Isere.txt|b.TXT|"
+    "constraints.txt|contrast.txt|interval.jsonl|latest.jsonl|valley.txt|zürich.json|中.txt.gz",
+    "valset (2).jsonl",
+    "._train.txt|.hidden.jsonl|.val.txt|COPYING.txt|LICENSE.txt|README_en.TXT|a.jsonl.zst|c.json.gz.part|"
+    "dangling.txt|data.licence.txt|folder.jsonl/|loop.txt|noformat|readme.txt|testset.jsonl|u.csv|v.csv|"
+    "w.csv|wiki.train.tokens|x.csv|y.csv|z.csv",
+)]
 
 
-def some_of(names, most):
-    """The first names; of more than `most`, how many more."""
-    names = names.split("|")
-    return ", ".join(names[:most] + [f"and {len(names) - most} more"] * (len(names) > most))
-
-
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_what_is_read_of_a_folder(tmp_path, kind, capsys):
+@pytest.mark.parametrize("folder", FOLDERS, ids=["split", "no split"])
+def test_what_is_read_of_a_folder(tmp_path, folder, capsys):
     """A file's split is a word that stands alone in its name. One line names what is read and what is not."""
-    train, val, rest = FOLDERS[kind]
-    for name in filter(None, "|".join([*FOLDERS[kind], "b.TXT.bytes.0123456789ab.tokens"]).split("|")):
+    for name in "|".join([*folder, "b.TXT.bytes.0123456789ab.tokens"]).split("|"):
         if name.endswith("/"):
             (tmp_path / name).mkdir()
         elif name in ("dangling.txt", "loop.txt"):
             (tmp_path / name).symlink_to("loop.txt")
         else:
             (tmp_path / name).write_text("x")
-    for found, want in zip(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True), (train, val)):
+    for found, want in zip(shards.find_shards(str(tmp_path), BYTES, None, "{}", say=True), folder):
         assert "|".join(sorted(file.name for shard in found for file in shard.files)) == want
-    some = [*map(some_of, (train, val, rest), (6, 6, 20))]
-    held = "the last 1% of each shard, as there is no file for it"
-    line = f"training on {some[0]}; validation on {some[1] or held}; not read: {some[2] or 'nothing'}\n"
-    assert capsys.readouterr().err == f"{tmp_path}: {line}"
+    said = []
+    for names, most in zip((names.split("|") for names in folder), (6, 6, 20)):
+        more = [f"and {len(names) - most} more"] * (len(names) > most)
+        said.append(", ".join(names[:most] + more))
+    line = f"{tmp_path}: training on {said[0]}; validation on {said[1]}; not read: {said[2]}\n"
+    assert capsys.readouterr().err == line
     for file in tmp_path.glob("[!dl]*.txt"):    # given by its own name each is read
         assert shards.find_shards(str(file), BYTES, None, "{}")[0][0].files == [file]
 
@@ -1834,6 +1817,7 @@ def test_a_killed_writer_and_those_that_wait(tmp_path):
     os.close(write)
     with open(read) as lines:
         first = {next(lines) for _ in range(100)}
+        assert next(tmp_path.glob("*.part")).stat().st_size > 1000
         os.kill(int(*first), signal.SIGKILL)
         rest = [line for line in lines if line not in first]
     assert len(rest) == 200 and len(set(rest)) == 1
@@ -2121,21 +2105,15 @@ LONG = json_gz([random.Random(0).randbytes(50000).hex()] * 3)
 BAD = {
     "missing": (None, "does not exist"),
     "empty_file.jsonl": (b"", "empty_file.jsonl is empty"),
-    "empty_gz.json.gz": (gzip.compress(b""), "empty_gz.json.gz is empty"),
     "empty_folder": ({}, "holds no training text .*; found: nothing$"),
     "other": ({".train.jsonl": GOOD, "a.csv": b"a"}, "no training text .*; found: .train.jsonl, a.csv$"),
     "only_val": ({"test.jsonl": GOOD, "val.jsonl": GOOD}, "no training text .*; found: test.jsonl, val"),
-    "other.csv": (b"a,b", "holds no training text"),
     "no_gzip.json.gz": (GOOD, "no_gzip.json.gz cannot be read after line 0: Not a gzipped file"),
     "cut.json.gz": (LONG[:-200], r"cut.json.gz cannot be read after line \d: Compressed file ended"),
     "bad_crc.json.gz": (gzip.compress(GOOD)[:-6] + b"123456", "crc.json.gz cannot be read after line 1: CRC"),
     "no_json.jsonl": (GOOD * 2 + b"{oops\n" + GOOD, "no_json.jsonl, line 3: not json"),
-    "cut_line.jsonl": (GOOD * 2 + b'{"text": "hel', "cut_line.jsonl, line 3: not json"),
-    "zeros.jsonl": (GOOD + b"\0\0\0\n", "zeros.jsonl, line 2: not json"),
     "no_text.jsonl": (GOOD + b'{"txt": "hello"}\n', 'no_text.jsonl, line 2: not json with a string "text"'),
     "number.jsonl": (GOOD + b'{"text": 5}\n', 'number.jsonl, line 2: not json with a string "text"'),
-    "null.jsonl": (GOOD + b'{"text": null}\n', 'null.jsonl, line 2: not json with a string "text"'),
-    "list.jsonl": (GOOD + b'["text"]\n', 'list.jsonl, line 2: not json with a string "text"'),
     "array.json": (b'[{"text": "hello"}]', r'array.json, line 1: .* \(jq -c "\.\[\]" makes'),
     "array_2.json": (b'[\n{"text": "hello"}\n]', r'array_2.json, line 1: .* \(jq -c "\.\[\]" makes'),
     "latin.txt": (b"abc\n" * 99999 + "å".encode("latin1") + b"\n", "latin.txt, byte 399996: not UTF-8"),
@@ -2144,7 +2122,7 @@ BAD = {
     "no_target.jsonl": (EMPTY * 300 + GOOD * 99, "the train data of .* begins with empty documents"),
     "val: empty": ({"a.jsonl": GOOD * 99, "val.jsonl": b"\n" * 9}, "val.jsonl is empty"),
     "val: short": ({"a.jsonl": GOOD * 99, "val.jsonl": GOOD * 2}, "the val data .* has 12 tokens, too few"),
-    "val: no target": ({"a.jsonl": GOOD * 99, "val.jsonl": EMPTY * 65 + GOOD * 9}, "the val data .* empty documents"),
+    "val: no target": ({"a.jsonl": GOOD * 99, "val.jsonl": EMPTY * 65 + GOOD * 9}, "val data .* empty doc"),
     "val: none held out": ({"a.jsonl": GOOD * 2000 + EMPTY * 200}, "the val data .* empty documents"),
 }
 
