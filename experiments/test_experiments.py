@@ -358,7 +358,7 @@ def test_variants_are_galore_with_one_change(muon, tokens):
     """experiments/beyond.py: unchanged, `Lab` is GaLoreAdamW to the last bit. Each option changes it."""
     beyond, runs = experiment("beyond"), experiment("runs")
     stream = data.open_data("python", data.get_tokenizer("bytes"), "train", 32, data_dir=tokens)
-    batches = [stream.batch(4) for _ in range(6)]
+    batches = [stream.batch(4) for _ in range(4)]
     run = runs.SETTING | runs.QUICK | dict(lr=0.01, seed=0, optimiser="Lab", muon=muon)
 
     def weights(build):
@@ -426,12 +426,13 @@ def test_glue(main_of, tmp_path):
     assert len(rows) == 5 and str(tmp_path) not in text
     for method, row in rows.items():
         scores = {name: task["mean"] for name, task in row["tasks"].items()}
-        assert set(scores) == {"CoLA", "STS-B", "MRPC", "MNLI"}
-        assert scores.pop("STS-B") > 10 and min(scores.values()) > 65, (method, scores)
-    for r in (4, 8):    # two blocks of 4 matrices 32 x 32 and 2 of 32 x 64: P, M, V
-        values = 2 * r * (4 * (32 + 2 * 32) + 2 * (32 + 2 * 64))
+        least = {"CoLA": 50, "STS-B": 10, "MRPC": 80, "MNLI": 50}    # chance: 0, 0, 61 and 35
+        assert scores.keys() == least.keys(), method
+        assert all(scores[task] > least[task] for task in least), (method, scores)
+    for r in (4, 8):    # a block's 4 matrices 32 x 32 and 2 of 32 x 64: P, M, V
+        values = r * (4 * (32 + 2 * 32) + 2 * (32 + 2 * 64))
         assert rows[f"GaLore, r = {r}"]["matrices"] == 4 * values
-    values = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 6    # and Adam's step, a number for each of 12
+    values = 2 * (4 * 32 * 32 + 2 * 32 * 64) + 6    # and Adam's step, a number for each of 6
     assert rows["full fine-tuning"]["matrices"] == 4 * values
     tried = {"1e-05": {"0": {"accuracy": 0.5}, "1": {"accuracy": 0.9}}, "2e-05": {"0": {"accuracy": 0.6}},
              "3e-05": {"7": {"accuracy": 1.0}}}
