@@ -15,7 +15,6 @@ import gzip
 import http.server
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -2000,7 +1999,7 @@ def test_a_batch_that_fails_skips_nothing(trouble, tmp_path, server, alone):
     Later the stream goes on where it stood, and a download where it was."""
     ids, got = expected(c4_like(tmp_path / "served", documents=200 if trouble == "network" else 12)), []
     stream = server.open(100) if trouble == "network" else opened(tmp_path / "served", seq_len=100)
-    bad, part = tmp_path / "served" / C4.format(2), None
+    bad = tmp_path / "served" / C4.format(2)
 
     def read_on(until):
         while len(got) < until:
@@ -2066,7 +2065,8 @@ def test_the_child_ends_with_a_killed_parent(tmp_path, server, alone):
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the child is at it
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
         with alarm(10, AssertionError("the lock is still held")):
             fcntl.flock(file, fcntl.LOCK_EX)
     server.trouble, server.log = {}, []
