@@ -1837,11 +1837,11 @@ class Server:
                 kind = outer.trouble[name].pop(0) if outer.trouble.get(name) else None
                 outer.log.append((name, kind, start))
                 whole = (folder / name).read_bytes() if (folder / name).exists() else b""
-                start = 0 if kind == "no range" else start
                 if kind in (429, 503) or start >= len(whole):
                     self.send_response(kind if kind in (429, 503) else 416 if whole else 404)
                     self.send_header("Retry-After", outer.retry_after)
                     return self.end_headers()
+                start = 0 if kind == "no range" else start
                 body = whole[start:]
                 body = {"html": b"<!DOCTYPE html><html>log in</html>", "short": body[:-5],
                         "corrupt": body[:200] + bytes(20) + body[220:]}.get(kind, body)
