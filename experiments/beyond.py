@@ -5,7 +5,7 @@ Better than the paper: which changes to GaLore lower the loss at its memory, and
     python experiments/beyond.py variants                   28 runs
     python experiments/beyond.py cut                        21 runs, seven of them twice as long
     python experiments/beyond.py methods --data TEXT.jsonl.gz --hidden 256 --layers 6 --rank 64 --rates 3 --seeds 0 1 2
-    python experiments/beyond.py variants --quick           12 steps of a tiny model
+    python experiments/beyond.py variants --quick           6 steps of a tiny model
 
 | methods  | full-rank AdamW, torch.optim.Muon on the matrices (AdamW elsewhere), both also with a rate of its own for embedding, head and norms ("others"); GaLore, and GaLore |
 |          | with Muon's direction in the subspace (galore.py's direction "muon"), also at a higher rank in the same memory, and there with twice the rate for embedding, head and norms (half of alpha at twice the rate): each at three or five learning rates; the best again with the other seeds |

@@ -3,7 +3,7 @@ A variance stored as zero, beside a momentum that is not, makes a step of M / ep
 
     python experiments/eight_bit.py --data TEXT --tokenizer gpt2 --hidden 32 --layers 2 --rank 8 \\
         --total_batch_size 4 --eval_tokens 32768 --seeds 0 1 2
-    python experiments/eight_bit.py --quick     12 steps of a tiny model on bytes
+    python experiments/eight_bit.py --quick     6 steps of a tiny model on bytes
 
 TEXT is a folder of text: the fault needs a vocabulary of mostly rare tokens. Writes results/eight_bit.json.
 

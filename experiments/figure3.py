@@ -2,7 +2,7 @@
 Figure 3 of the paper: GaLore with any optimiser, each next to its full-rank self.
 
     python experiments/figure3.py            toy on bytes: 24 runs of two minutes on one core; writes results/figure3.json, figures/figure3.png
-    python experiments/figure3.py --quick    12 steps of a tiny model
+    python experiments/figure3.py --quick    6 steps of a tiny model
 
 `Projected` is the paper's Algorithm 1: two lines around the step of an optimiser that knows nothing of it. (For AdamW, galore.GaLoreAdamW is the
 better choice: no gradient, no Z, moments that turn with the basis, 8-bit P.) The paper's figure has AdamW, 8-bit Adam and Adafactor, its Adafactor with a first moment; torch's has none. Left out on purpose: closures, but for those that call `project_back`

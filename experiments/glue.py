@@ -237,7 +237,7 @@ SPECIAL, WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], [f"word{i}" for i in rang
 
 
 def make_encoder(folder: Path) -> None:
-    """A BERT of two blocks with random weights, and a tokenizer of whole words."""
+    """A BERT of one block with random weights, and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
@@ -247,7 +247,7 @@ def make_encoder(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
                                          model_max_length=64).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    config = transformers.BertConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
                                      max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
 
@@ -276,7 +276,7 @@ def make_data(folder: Path, train: int = 256, dev: int = 64) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # what
-    parser.add_argument("--model", help="folder of an encoder, or its name on Hugging Face (default: roberta-base; --quick: one of two random blocks)")
+    parser.add_argument("--model", help="folder of an encoder, or its name on Hugging Face (default: roberta-base; --quick: one random block)")
     parser.add_argument("--data", type=Path, help="folder with a folder for each task (default: glue_data; --quick: made on the spot)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (default: all; --quick: four)")
     parser.add_argument("--train_examples", type=int, help="so many of each task's, drawn at random but the same for all (default: all)")
@@ -304,7 +304,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks it for a name that will go
     with TemporaryDirectory() as folder:
         if args.quick:
-            tiny = dict(out=args.out.with_name("glue-quick.json"), seeds=[0], epochs=5, update_proj_gap=20, full_lrs=[3e-3], galore_lrs=[3e-3], lora_lrs=[1e-2],
+            tiny = dict(out=args.out.with_name("glue-quick.json"), seeds=[0], epochs=3, update_proj_gap=20, full_lrs=[5e-3], galore_lrs=[5e-3], lora_lrs=[1e-2],
                         tasks=["CoLA", "STS-B", "MRPC", "MNLI"])  # fmt: skip  (without a header, regression, a header of its own, three classes)
             vars(args).update({key: value for key, value in tiny.items() if getattr(args, key) == parser.get_default(key)})
             if not args.model:

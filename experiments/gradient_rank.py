@@ -2,7 +2,7 @@
 Why GaLore works: are gradients of low rank, does the subspace hold them, and how fast does it turn?
 
     python experiments/gradient_rank.py            toy on bytes, two runs of three minutes; writes results/gradient_rank.json, figures/gradient_rank.png
-    python experiments/gradient_rank.py --quick    12 steps of a tiny model
+    python experiments/gradient_rank.py --quick    6 steps of a tiny model
 
 Of the gradient G of a step, for each kind of matrix (mean over the blocks), in a run with GaLore and in one with full-rank AdamW:
 

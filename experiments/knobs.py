@@ -2,7 +2,7 @@
 Figure 5 of the paper and its neighbours: what rank, T and alpha do to the loss, and whether more steps make up for a lower rank.
 
     python experiments/knobs.py            toy on bytes: 20 runs of two minutes on one core; writes results/knobs.json, figures/knobs.png
-    python experiments/knobs.py --quick    12 steps of a tiny model
+    python experiments/knobs.py --quick    6 steps of a tiny model
 
 One knob at a time; the others, and the learning rate, stay as in the baseline. So alpha is at the same time the learning rate of the projected
 matrices against that of the rest, and a rank's best learning rate may be another.

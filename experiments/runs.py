@@ -41,7 +41,7 @@ import speed  # noqa: E402
 FOLDER = Path(__file__).resolve().parent
 SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=200, warmup_steps=20, min_lr_ratio=0.1,
                eval_tokens=65_536, dtype="float32", rank=48, T=50, alpha=0.25)  # fmt: skip
-QUICK = dict(total_batch_size=4, seq_len=32, steps=12, warmup_steps=2, eval_tokens=512, rank=8, T=5, hidden=32, layers=2)
+QUICK = dict(total_batch_size=4, seq_len=32, steps=6, warmup_steps=1, eval_tokens=256, rank=8, T=2, hidden=32, layers=2)
 
 
 def above_zero(kind: type):
@@ -81,7 +81,7 @@ def options(text: str, *without: str) -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--jobs", type=whole, help="runs at once (default: one on a GPU, else one a core, each on one thread)")
     add("--minutes", type=real, default=float("inf"), help="begin no run that would not end by then, counted from the start; the same command goes on (default: no limit)")
-    add("--quick", action="store_true", help="a tiny model and 12 steps: does everything work? Losses that mean nothing")
+    add("--quick", action="store_true", help="a tiny model and 6 steps: does everything work? Losses that mean nothing")
     add("--cache", type=Path, help="finished runs (default: out/runs.jsonl)")
     add("--out", type=Path, help="where the figures go, a .json (default: experiments/results/, named as the script)")
     return parser

@@ -2,7 +2,7 @@
 Table 2 of the paper: pre-training with GaLore, against full rank, low-rank factors, LoRA and ReLoRA.
 
     python experiments/table2.py                   toy on bytes, 30 runs of two minutes on one core; writes results/table2.json, figures/table2.png
-    python experiments/table2.py --quick           12 steps of a tiny model
+    python experiments/table2.py --quick           6 steps of a tiny model
     python experiments/table2.py --size 60m --data TEXT.jsonl.gz --tokenizer gpt2 --seq_len 256 --total_batch_size 128 --steps 400 --rank 128 \\
         --dtype bfloat16 --minutes 9               on a GPU; the same command goes on with the runs that are left
 

@@ -2,7 +2,7 @@
 Kill -9, again and again: is anything lost, or done twice?
 
     python experiments/torture.py                                  50 kills, about eight minutes; writes experiments/results/torture.json
-    python experiments/torture.py --kills 2 --steps 12 --seed 2      what the test does
+    python experiments/torture.py --kills 2 --steps 12 --shards 1 --seed 21      what the test does
 
 Two runs of the toy model with the same arguments, on text in ten shards. One is left alone. The other is killed and resumed until
 it has been killed --kills times, then runs to its end. A third of the kills falls at a random moment (start-up, training,
@@ -33,17 +33,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from plumbing.shards import python_files  # noqa: E402
 
-SHARDS, SEQ_LEN, BATCH = 10, 64, 8
+SEQ_LEN, BATCH = 64, 8
 KINDS = {"checkpoint": "checkpoint.part", "any moment": "log.jsonl", "tokenising": "*.tokens.part"}  # and the files that show them
 
 
-def write_shards(folder: Path, tokens: int) -> None:
-    """Python's standard library in C4's form: SHARDS training files of a few more tokens than one pass needs, and one for validation."""
+def write_shards(folder: Path, tokens: int, shards: int) -> None:
+    """Python's standard library in C4's form: so many training files of a few more tokens than one pass needs, and one for validation."""
     folder.mkdir(parents=True)
     text = "".join(path.read_text(errors="replace") for path in python_files("train")[:200])
-    size = tokens // SHARDS + 1024
-    for i in range(SHARDS + 1):
-        name = f"c4-train.{i:05d}-of-{SHARDS:05d}" if i < SHARDS else "c4-validation.00000-of-00001"
+    size = tokens // shards + 1024
+    for i in range(shards + 1):
+        name = f"c4-train.{i:05d}-of-{shards:05d}" if i < shards else "c4-validation.00000-of-00001"
         lines = [json.dumps({"text": text[at : at + 500]}) + "\n" for at in range(i * size, (i + 1) * size, 500)]
         (folder / f"{name}.json.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, help="default: 9 for each kill; with too few the run ends before it was killed often enough")
+    parser.add_argument("--shards", type=int, default=10, help="of text; each is tokenised by a process of its own")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the moments")
     parser.add_argument("--json", help="where the result goes (default: experiments/results/torture.json, for the full 50 kills only)")
     args = parser.parse_args()
@@ -120,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         calm, killed = Path(scratch, "calm"), Path(scratch, "killed")
         for folder in (calm, killed):
-            write_shards(folder / "text", args.steps * SEQ_LEN * BATCH)
+            write_shards(folder / "text", args.steps * SEQ_LEN * BATCH, args.shards)
         other = start(calm, args)
         for i, kind in enumerate(kinds, 1):
             resumes += bool(list(killed.glob("run/checkpoint-*.pt")))
