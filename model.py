@@ -266,7 +266,8 @@ class Llama(nn.Module):
         cos, sin = rope(S - tokens.size(1), S, self.config, tokens.device)              # (T, D)
         x = self.model.embed_tokens(tokens)                                             # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, None if cache is None else cache[i], self.activation_checkpointing)
+            run = block if cache is None else block.forward    # compiled, it would compile for every length
+            x = run(x, cos, sin, None if cache is None else cache[i], self.activation_checkpointing)
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -277,7 +278,6 @@ class Llama(nn.Module):
         return cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())   # 0-dim, fp32
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")    # a compiled block would compile again for every length
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Continue tokens (B, T) to (B, T + max_new_tokens). Temperature 0 takes the likeliest token; top_k
