@@ -28,56 +28,64 @@ from runs import begin, make_model, options, parse, show, speed, spread, stepper
 
 import adam8bit
 import galore
-from adam8bit import SCALE, SLICE, adam_, dequantise, quantise, zeros
+from adam8bit import SLICE, advance_, dequantise, quantise, scale_key, zeros
 from data import get_tokenizer, open_data
-from galore import GaLoreAdamW, param_groups
+from galore import GaLoreAdamW, adam, param_groups, refresh, rotate
 
 STORAGES, YES, ONE = ("zero", "least", "root"), torch.tensor(True), torch.ones(())
 PARTS = {"embed": "embedding", "lm_head": "head", "_proj": "matrices", "norm.": "norms"}
-own_load, own_narrow = adam8bit.load, adam8bit.narrow
+own_load, own_store = adam8bit.load, adam8bit.store
 
 
 @contextmanager
 def stored(how: str):
     """V is stored in this way in what is called inside."""
 
+    def ours(state, name):
+        return how in ("fp32", "root") or name != "V" or scale_key("V") not in state
+
     def load(state, name, dtype=None):
-        if how in ("fp32", "root") or name != "V" or SCALE[name] not in state:
+        if ours(state, name):
             return own_load(state, name, dtype)
-        return dequantise(state["V"].clamp_min(how == "least"), state[SCALE["V"]], signed=False)
+        return dequantise(state["V"].clamp_min(how == "least"), state[scale_key("V")], signed=False)
 
-    def narrow(state, name, x):
-        if how in ("fp32", "root") or name != "V" or SCALE[name] not in state:
-            return own_narrow(state, name, x)
-        return dict(zip(("V", SCALE["V"]), quantise(x, signed=False)))
+    def store(state, name, x, ok):
+        if ours(state, name):
+            return own_store(state, name, x, ok)
+        for key, new in zip(("V", scale_key("V")), quantise(x, signed=False)):
+            state[key].copy_(torch.where(ok, new, state[key]))
 
-    with mock.patch.multiple(adam8bit, load=load, narrow=narrow), mock.patch.object(galore, "load", load):
+    with (mock.patch.multiple(adam8bit, load=load, store=store),
+          mock.patch.multiple(galore, load=load, store=store)):
         yield
+
+
+def given(betas, eps, t: int) -> dict:
+    """What `adam` asks for in a parameter's step t."""
+    return dict(betas=betas, eps=eps, bias=[torch.tensor(1 - beta**t) for beta in betas], dtype=torch.float32)
 
 
 class Watched(GaLoreAdamW):
     """Notes its largest steps, and the errors of the moments that are kept `beside` its own."""
 
-    def move(self, p, R, ok=None, shrink=ONE):
+    def move(self, p, R, Y, *more):
         group, kind, before = self.group[p], self.parts[p], p.detach().clone()
         old = {name: x.clone() for name, x in self.init(p).items() if name != "t"}
-        super().move(p, R, ok, shrink)
+        super().move(p, R, Y, *more)
         most = (p - before).abs().max().item() / group["lr"]
         self.largest[kind] = max(self.largest.get(kind, 0.0), round(most, 2))
         if not self.beside or p.ndim < 2:
             return
-        n, t = max(p.shape), self.state[p]["t"]
-        given = group["betas"], group["eps"], *(torch.tensor(1 - beta**t) for beta in group["betas"]), ONE, YES
-        R, Y = (R[:, :n], R[:, n:].T) if "P" in old else (R, None)
-        N = adam_(R, {"M": old["M"], "V": old["V"]}, *given)
+        how_so = given(group["betas"], group["eps"], self.state[p]["t"])
+        N = advance_({"M": old["M"], "V": old["V"]}, "MV", adam, R, ONE, YES, **how_so)
         decade = R.abs().log10().floor().clamp(-12, 0).long().flatten() + 12  # zeros count to the lowest
         for how in STORAGES:
-            M, V = (zeros(name, R.shape, torch.float32, True, p.device) for name in "MV")
-            held = self.held.setdefault((p, how), M | V)
+            held = self.held.setdefault((p, how), zeros("MV", R.shape, torch.float32, True, p.device))
             with stored(how):
-                error = (adam_(R, held, *given) - N).abs().flatten().double()
+                error = (advance_(held, "MV", adam, R, ONE, YES, **how_so) - N).abs().flatten().double()
                 if p in self.turning:
-                    galore.refresh(held | {"P": old["P"].clone()}, Y, YES)
+                    new = refresh(old["P"].float(), Y.float())
+                    rotate(held | {"P": old["P"].clone()}, "MV", new, YES)
             if group["t"] % 4 == 3:
                 found = self.found.setdefault(kind, {}).setdefault(how, torch.zeros(3, 13).double())
                 found[0] += torch.bincount(decade, minlength=13)
@@ -104,13 +112,13 @@ def trained(how: str, run: dict, device: str, found: dict) -> dict:
 
 def seconds(device: str, compile: bool, rounds: int) -> dict:
     """Time of `adam` in each storage: the median of the rounds' ratios to `zero`."""
-    G, rest = torch.randn(SLICE // 256, 256, device=device), ((0.9, 0.999), 1e-8, ONE, ONE, ONE, YES)
-    M, V = (zeros(name, G.shape, G.dtype, True, G.device) for name in "MV")
-    run = torch.compile(adam_) if compile else adam_
+    G, rest = torch.randn(SLICE // 256, 256, device=device), given((0.9, 0.999), 1e-8, 9)
+    state = zeros("MV", G.shape, G.dtype, True, G.device)
+    run = torch.compile(advance_) if compile else advance_
 
     def step(how: str) -> float:
         with stored(how):
-            return speed.seconds(lambda: run(G, M | V, *rest))[0]
+            return speed.seconds(lambda: run(state, "MV", adam, G, ONE, YES, **rest))[0]
 
     took = speed.take_turns({how: lambda how=how: step(how) for how in STORAGES}, rounds)
     return {"compiled": compile} | {how: round(speed.ratio(took[how], took["zero"]), 3) for how in STORAGES}
