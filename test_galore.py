@@ -142,6 +142,18 @@ def test_no_element_of_a_weight_jumps(tied, monkeypatch):
     assert opt.state[model.model.layers[0].mlp.up_proj.weight]["V"].dtype == torch.uint8
 
 
+def test_a_spike_long_ago_makes_no_neighbour_jump():
+    """One gradient of 1e4 in a block, then 1e-5 everywhere: V of the others is below the code's range for long, while
+    M is not. No step is above fp32's (without code 1 for it: 647 lr)."""
+    p = nn.Parameter(torch.zeros(4096))
+    opt, g = GaLoreAdamW([p], lr=1.0, state_bits=8), torch.Generator().manual_seed(0)
+    for t in range(150):
+        p.grad, before = 1e-5 * torch.randn(4096, generator=g), p.detach().clone()
+        p.grad[::256] += 1e4 * (t == 0)
+        opt.step()
+        assert (p - before).abs().max() < 2, t
+
+
 @pytest.mark.parametrize("gap", [99, 5])
 def test_small_gradients_beside_large_ones_step_as_in_fp32(gap):
     """Gradients of a block over six decades: N from 8-bit moments, refreshed or not, is near fp32's in each."""
