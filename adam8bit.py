@@ -153,7 +153,7 @@ def store(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
 
 
 def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """x in pieces of `size` values, as (blocks, 256) where that goes up: then Adam compiles to one kernel.
+    """x in pieces of `size` values, as (blocks, 256) if 256 divides it: then Adam compiles to one kernel.
     Views, if x is contiguous."""
     x = x.reshape(-1) if x.numel() % BLOCK else x.reshape(-1, BLOCK)
     return x.split(max(1, size // x[:1].numel()))
@@ -184,7 +184,8 @@ class Stored(torch.optim.Optimizer):
         self.arm()
 
     def state_dict(self) -> dict:
-        [self.state[p] for group in self.param_groups for p in group["params"]]  # {} if there is none
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]  # makes it {} if there is none
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -194,10 +195,10 @@ class Stored(torch.optim.Optimizer):
         ours = [p for group in self.param_groups for p in group["params"]]
         form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
         for (i, group), p in zip(theirs, ours):
-            expected, found = self.empty(p, meta), saved.get(i, {"": None}) or self.empty(p, meta)
+            expected, found = self.empty(p, meta), saved.get(i, {"state": None}) or self.empty(p, meta)
             odd = {name for name in expected | found if form(found.get(name)) != form(expected.get(name))}
             odd |= self.defaults.keys() - group.keys()
-            check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up all as then.")
+            check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up as then.")
         before = self.state.values()
         super().load_state_dict({"state": {}, "param_groups": groups})
         for state in before:
@@ -233,7 +234,7 @@ def random_bits(x: Tensor, seed: Tensor) -> Tensor:
 
 
 def move_(W, N, lr, stay, seed) -> None:
-    """W <- stay * W - lr * N. With a seed, bf16 weights are rounded up or down by chance: updates below their
+    """W <- stay * W - lr * N. With a seed, bf16 weights are rounded up or down at random: updates below their
     precision survive on average."""
     new = W.float() * stay - N.float() * lr
     if seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half

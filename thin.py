@@ -2,23 +2,26 @@
 The gradient that is never formed: R = P'G comes straight out of the backward pass, and moves W there.
 
 The gradient of a linear layer is a product over tokens, G = D'X, with D (tokens x out) the gradient at its
-output and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in the other order: R = (D P)'X.
-In this order G never exists, and the product costs 2 r (m + n) operations per token, not 2 m n.
+output and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in the other order: R = (D P)'X,
+or (X P)'D where the input side is the short one. G never exists, and the product costs 2 r (m + n) operations
+per token, not 2 m n.
 
     forward    x ----> F.linear(x, W) ---------> Tap ----> y        y is what it always was
                x ----> ThinLinear(x, proxy) --> link               in y's shape, but owns one number
     backward   proxy.grad <-- R <-- ThinLinear <-- D <-- Tap        Tap hands D to both sides
 
 1. W is detached, so autograd makes no G. Tap gives D to `link` instead.
-2. ThinLinear returns R as the gradient of a *proxy*: a leaf of R's shape that owns one number. Autograd sums
-   R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at rank-r memory.
+2. ThinLinear returns R as the gradient of a *proxy*: a leaf of R's shape that owns one number, expanded.
+   Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
+   rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
-   M stands still during a step, so Y is linear in G, too.
+   M stands still until the weight moves, so Y is linear in G, too.
 4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
    wait for opt.step(), until their norm is known.
 
-Why two functions? Checkpointing recomputes a block only up to its last saved tensor. ThinLinear saves x
-before F.linear, so the block's last product is not repeated.
+Why two functions, and ThinLinear first? Autograd runs it last: F.linear has used W before the hook moves it.
+And checkpointing recomputes a block only up to its last saved tensor: ThinLinear saves x before F.linear, so
+the block's last product is not repeated.
 
     opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
     thin(model, opt, accumulate=4)
@@ -78,21 +81,21 @@ class Tap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # else second-order terms would be lost in silence
+    @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         return D, D
 
 
 class ThinModule(nn.Linear):
     """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight,
-    `proxy`, where R arrives, and `due`: does Y come as well?"""
+    `proxy`, where R arrives, and `wants_Y`: does Y come as well?"""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
         (out, into), state = self.weight.shape, self.galore
         P, M = ((state[name], state.get(scale_key(name))) for name in "PM")
-        stored = *P, *(M if self.due else (None, None))
+        stored = *P, *(M if self.wants_Y else (None, None))
         link = ThinLinear.apply(x, self.proxy, out, out >= into, self.checkpointed, *stored)
         return Tap.apply(F.linear(x, self.weight.detach(), self.bias), link)
 
@@ -106,10 +109,10 @@ class ThinUpdate:
         self.zero_grad()
         for module in self.modules:
             p = module.weight
-            module.galore, module.due = self.init(p), p in self.turning
-            shape = len(module.galore["M"]), max(p.shape) + min(p.shape) * module.due
+            module.galore, module.wants_Y = self.init(p), p in self.turning
+            shape = len(module.galore["M"]), max(p.shape) + min(p.shape) * module.wants_Y
             if p not in self.proxies or self.proxies[p].shape != shape:
-                self.proxies[p] = p.new_zeros(1).expand(shape).requires_grad_()  # owns one number
+                self.proxies[p] = p.new_zeros(1).expand(shape).requires_grad_()
                 self.proxies[p].register_post_accumulate_grad_hook(self.hook(p))
             module.proxy = self.proxies[p]
 
@@ -131,7 +134,7 @@ class ThinUpdate:
 
     @torch.no_grad()
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
-        """leaf.grad has a micro-batch more. After the last one p moves, unless it is to be clipped."""
+        """leaf.grad has gained a micro-batch. After the last one p moves, unless it is to be clipped."""
         self.passes[p] = self.passes.get(p, 0) + 1
         if self.passes[p] > self.accumulate:
             raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
