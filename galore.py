@@ -312,8 +312,8 @@ class GaLoreAdamW(Stored):
 
 
 class Exact(GaLoreAdamW):
-    """The paper and its code to the letter. P is the SVD's of G, made before G is projected, in steps 1, T + 1,
-    2T + 1, even if the step is skipped. P is never in 8 bits. Moments do not rotate. Rounding is to nearest."""
+    """The paper and its code to the letter. An SVD of G makes P before G is projected, in steps 1, T + 1, ...,
+    skipped or not. P is never in 8 bits. Moments do not rotate. Weights are rounded to nearest."""
 
     exact = True
 

@@ -2,7 +2,8 @@
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
     pip install -r requirements.txt pytest && pytest -q                      # four minutes on two CPU cores
-    pip install galore-torch transformers safetensors bitsandbytes tensorboard peft scikit-learn   # the oracles; without them their tests skip
+    pip install galore-torch transformers safetensors bitsandbytes tensorboard peft scikit-learn   # the
+    oracles; without them their tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds tests on real text.
 """
@@ -97,7 +98,8 @@ def test_quantise_is_brute_force_nearest(signed, shape):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_nearest_at_every_boundary(signed):
-    """Right on both sides of every midpoint and on every value: no interval of the table holds two midpoints."""
+    """Right on both sides of every midpoint and on every value: no interval of the table holds two
+    midpoints."""
     qmap = adam8bit.dynamic_map(signed)
     middle = adam8bit.nearest_table(qmap)[1][:-1]
     sides = [middle.nextafter(torch.tensor(end)) for end in (9.0, -9.0)]
@@ -108,7 +110,8 @@ def test_nearest_at_every_boundary(signed):
 
 
 def test_error_figures_of_the_docstring():
-    """Mean relative error on normal noise is what `quantise` says: 1.5% signed, 0.8% for its size, unsigned."""
+    """Mean relative error on normal noise is what `quantise` says: 1.5% signed, 0.8% for its size,
+    unsigned."""
     x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for y, signed, stated in ((x, True, 0.015), (x.abs(), False, 0.008)):
         error = ((adam8bit.dequantise(*adam8bit.quantise(y, signed), signed) - y).abs() / y.abs()).mean().item()
@@ -127,7 +130,8 @@ def test_8bit_adam_follows_bitsandbytes():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_element_of_a_weight_jumps(tied, monkeypatch):
-    """With 8-bit state no element of any weight moves by more than 5 lr in any of 200 steps of Zipf tokens."""
+    """With 8-bit state no element of any weight moves by more than 5 lr in any of 200 steps of Zipf
+    tokens."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # so that the moments of R are in 8 bits, too
     model = tiny(vocab_size=512, num_hidden_layers=1, tie_word_embeddings=tied)
     opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=8), lr=0.005, state_bits=8)
@@ -143,8 +147,8 @@ def test_no_element_of_a_weight_jumps(tied, monkeypatch):
 
 
 def test_a_spike_long_ago_makes_no_neighbour_jump():
-    """One gradient of 1e4 in a block, then 1e-5 everywhere: V of the others is below the code's range for long, while
-    M is not. No step is above fp32's (without code 1 for it: 647 lr)."""
+    """One gradient of 1e4 in a block, then 1e-5 everywhere: V of the others is below the code's range for
+    long, while M is not. No step is above fp32's (without code 1 for it: 647 lr)."""
     p = nn.Parameter(torch.zeros(4096))
     opt, g = GaLoreAdamW([p], lr=1.0, state_bits=8), torch.Generator().manual_seed(0)
     for t in range(150):
@@ -156,7 +160,8 @@ def test_a_spike_long_ago_makes_no_neighbour_jump():
 
 @pytest.mark.parametrize("gap", [99, 5])
 def test_small_gradients_beside_large_ones_step_as_in_fp32(gap):
-    """Gradients of a block over six decades: N from 8-bit moments, refreshed or not, is near fp32's in each."""
+    """Gradients of a block over six decades: N from 8-bit moments, refreshed or not, is near fp32's in
+    each."""
     g = torch.Generator().manual_seed(0)
     size = torch.logspace(0, -6, 512)[torch.randperm(512, generator=g)]
     P, M = {"P": orthonormal(torch.randn(24, 8, generator=g))}, ("MV", torch.Size((8, 512)), torch.float32)
@@ -179,7 +184,8 @@ def test_small_gradients_beside_large_ones_step_as_in_fp32(gap):
 
 
 def test_what_stays_32_bit():
-    """Tensors under 4096 values keep fp32 moments; from there on a value takes a byte and its 256th of a scale."""
+    """Tensors under 4096 values keep fp32 moments; from there on a value takes a byte and its 256th of a
+    scale."""
     ps = parameters((4095,), (4096,))
     opt = GaLoreAdamW(ps, state_bits=8)
     walk([opt], [ps], 1)
@@ -190,7 +196,8 @@ def test_what_stays_32_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 7), (65536, 160), (10_000_019,)], ids=str)
 def test_the_norm_of_many_values(shape, dtype):
-    """`norm` is float64's to 1e-6, where torch's on a CPU loses 4e-4 of 10 M values. It makes no large tensor."""
+    """`norm` is float64's to 1e-6, where torch's on a CPU loses 4e-4 of 10 M values. It makes no large
+    tensor."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs().to(dtype)
     with Watch(lambda y: y.numel() <= adam8bit.SLICE or y.data_ptr() == x.data_ptr()):
         ours = galore.norm(x)
@@ -257,7 +264,8 @@ def test_rotating_the_moments():
 
 
 def test_power_iteration_finds_the_subspace():
-    """On a rank-r gradient and noise, the warm iterations of steps 2 to 8 capture what its SVD does, to 1%."""
+    """On a rank-r gradient and noise, the warm iterations of steps 2 to 8 capture what its SVD does, to
+    1%."""
     torch.manual_seed(1)  # not the seed of the first P
     p, signal = nn.Parameter(torch.zeros(64, 96)), torch.randn(64, 8) @ torch.randn(8, 96)
     opt = GaLoreAdamW([dict(params=[p], rank=8)])
@@ -274,7 +282,8 @@ def test_power_iteration_finds_the_subspace():
 
 
 def walk(optimisers, parameters, steps, scale=0.1):
-    """The same random gradients, with a part that depends on the weights, for each optimiser's own parameters."""
+    """The same random gradients, with a part that depends on the weights, for each optimiser's own
+    parameters."""
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         noise = [torch.randn(p.shape, generator=g) for p in parameters[0]]
@@ -338,7 +347,8 @@ def test_identity_basis_is_muon(shape, monkeypatch):
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
 def test_a_direction_is_a_function_and_an_entry(way, monkeypatch):
-    """Lion, added to the table: with P = I it takes the paper's steps (2302.06675); thin, saved and loaded, too."""
+    """Lion, added to the table: with P = I it takes the paper's steps (2302.06675); thin, saved and loaded,
+    too."""
 
     def lion(R, M, betas, **_):
         return torch.lerp(R, M, betas[0]).sign(), torch.lerp(M, R, 1 - betas[1])
@@ -364,8 +374,8 @@ def test_a_direction_is_a_function_and_an_entry(way, monkeypatch):
 @pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("steps", [(9,), (99,), (4, 14, 24, 34, 44, 54), (*range(20, 40),)], ids=str)
 def test_late_and_rare_gradients_are_adamws(rank, steps):
-    """A parameter with gradients in some steps only moves as torch.optim.AdamW moves it, without a rank and with
-    P = I, beside one that has a gradient in every step. Saving and loading keep its count."""
+    """A parameter with gradients in some steps only moves as torch.optim.AdamW moves it, without a rank and
+    with P = I, beside one that has a gradient in every step. Saving and loading keep its count."""
     ps, qs = (parameters((16, 24), (16, 24)) for _ in "pq")
     opt = GaLoreAdamW(ps, lr=0.01, weight_decay=0.1, eps=EPS) if rank is None else identity(ps)
     twin, g = torch.optim.AdamW(qs, lr=0.01, weight_decay=0.1, eps=EPS), torch.Generator().manual_seed(1)
@@ -380,8 +390,8 @@ def test_late_and_rare_gradients_are_adamws(rank, steps):
 
 
 def test_muon_keeps_one_moment():
-    """Projected matrices have P and M, half of Adam's moments; the others M and V. The move's singular values are
-    alike, and what is clipped is what M sees."""
+    """Projected matrices have P and M, half of Adam's moments; the others M and V. The move's singular values
+    are alike, and what is clipped is what M sees."""
     ps, start = parameters((16, 40), (9,)), parameters((16, 40))[0]
     groups = [dict(params=ps[:1], rank=8), dict(params=ps[1:])]
     opt = GaLoreAdamW(groups, lr=0.01, direction="muon")
@@ -397,8 +407,8 @@ def test_muon_keeps_one_moment():
 
 
 def test_exact_is_galore_torch():
-    """Exact takes galore-torch's trajectory: 30 steps, two refreshes after the first, three orientations, a plain
-    parameter."""
+    """Exact takes galore-torch's trajectory: 30 steps, two refreshes after the first, three orientations, a
+    plain parameter."""
     theirs = oracle("galore_torch", "galore-torch")
     shapes = [(24, 40), (40, 24), (32, 32), (50,)]
     ps, qs = parameters(*shapes), parameters(*shapes)
@@ -423,8 +433,8 @@ def test_transposed_matrices_take_transposed_steps():
 
 @pytest.mark.parametrize("kind", [GaLoreAdamW, Exact])
 def test_rounding_of_bf16_weights(kind):
-    """Updates that rounding to nearest would lose survive on average; only the two neighbours occur. 100 steps of
-    decay 1e-3 shrink weights to 0.905. Exact rounds to nearest, and loses all of it."""
+    """Updates that rounding to nearest would lose survive on average; only the two neighbours occur. 100
+    steps of decay 1e-3 shrink weights to 0.905. Exact rounds to nearest, and loses all of it."""
     p = nn.Parameter(torch.ones(1 << 16, dtype=torch.bfloat16))
     opt, p.grad = kind([p], lr=1e-3), torch.ones_like(p)  # the next bf16 below 1 is 1 - 2^-8
     opt.step()
@@ -440,7 +450,8 @@ def test_rounding_of_bf16_weights(kind):
 
 
 def test_wrong_arguments_are_refused():
-    """What cannot be honoured gives a sentence. fp32 would round float64, and lose a part of complex numbers."""
+    """What cannot be honoured gives a sentence. fp32 would round float64, and lose a part of complex
+    numbers."""
     p = parameters((16, 24))
     for word, keys in {"rank 0": dict(rank=0), "rank -3": dict(rank=-3), "rank 16": dict(rank=16),
                        "gap 0": dict(rank=4, update_proj_gap=0), "'full'": dict(rank=4, proj_type="full")}.items():  # fmt: skip
@@ -459,7 +470,8 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_updates_in_slices_are_updates(bits, monkeypatch):
-    """Moments, weights and bases moved 512 values at a time end where whole ones do: rows of blocks, odd sizes."""
+    """Moments, weights and bases moved 512 values at a time end where whole ones do: rows of blocks, odd
+    sizes."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
     shapes, ends = [(64, 96), (96, 64), (33, 131), (40, 64), (1500,)], []
     for size in (1 << 22, 512):
@@ -531,7 +543,8 @@ def batch(step, sequences=8):
 
 def trained(way, steps=20, micro=1, dtype=torch.float32, model=None, opt=None, start=0,
             between=lambda step, model, opt: None, kind=GaLoreAdamW, build=Net, **options):  # fmt: skip
-    """A model after some steps on 8 sequences each, T = 7, taken "plain" or "thin" in `micro` micro-batches."""
+    """A model after some steps on 8 sequences each, T = 7, taken "plain" or "thin" in `micro`
+    micro-batches."""
     if model is None:
         torch.manual_seed(0)
         model = build().to(dtype)
@@ -566,8 +579,9 @@ def test_groups_hold_every_parameter_once():
 
 
 def test_what_gets_no_rank_is_named():
-    """A matrix too narrow for the rank gets none. One warning names it, and fused experts, with their share, but
-    not embedding, head, norms and biases. Conv1D gets the rank. Where nothing does, a sentence says why."""
+    """A matrix too narrow for the rank gets none. One warning names it, and fused experts, with their share,
+    but not embedding, head, norms and biases. Conv1D gets the rank. Where nothing does, a sentence says
+    why."""
     model = Net()
     model.layers.extend([nn.ModuleDict(dict(gate=nn.Linear(24, 1), up=nn.Linear(24, 40))), Conv1D(24, 40)])
     model.layers[3].experts = nn.Parameter(torch.zeros(4, 24, 40))
@@ -590,15 +604,16 @@ def test_what_gets_no_rank_is_named():
 
 
 def test_blocks_are_refreshed_in_turn():
-    """Blocks are due four times early on, about two in a step, and then in steps i T / L (mod T), one in a step;
-    with T below the number of blocks each is due once in T steps, too."""
+    """Blocks are due four times early on, about two in a step, and then in steps i T / L (mod T), one in a
+    step; with T below the number of blocks each is due once in T steps, too."""
     changes = {}
 
     def between(step, model, opt):
         changes[step] = [opt.init(layer.up.weight)["P"].clone() for layer in model.layers]
 
     trained("thin", 24, between=between)
-    # A hook has moved the weights of step s (from 0) before `between` sees them: the next change is step s + 2's.
+    # A hook has moved the weights of step s (from 0) before `between` sees them: the next change is step s +
+    # 2's.
     due = [(step + 2, [not torch.equal(a, b) for a, b in zip(changes[step], changes[step + 1])]) for step in range(23)]
     assert [{t for t, block in due if block[i]} for i in range(3)] == [
         {2, 4, 6, 8, 14, 21}, {2, 4, 6, 8, 10, 17, 24}, {3, 5, 7, 9, 12, 19}]  # fmt: skip
@@ -629,8 +644,8 @@ def test_the_gap_may_change():
 
 @pytest.mark.parametrize("way", ["plain", "thin"])
 def test_any_orthonormal_basis_will_do(way, monkeypatch):
-    """A refresh by torch.linalg.qr, whose Q is not contiguous, spans the same as ours after all refreshes. Adam does
-    not see its other signs, so the weights are the same."""
+    """A refresh by torch.linalg.qr, whose Q is not contiguous, spans the same as ours after all refreshes.
+    Adam does not see its other signs, so the weights are the same."""
     model, opt = trained(way)
     monkeypatch.setattr(galore, "refresh", lambda P, Y: torch.linalg.qr(F.normalize(Y, dim=0) + 1e-3 * P)[0])
     other, twin = trained(way)
@@ -645,7 +660,8 @@ def test_any_orthonormal_basis_will_do(way, monkeypatch):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("way, direction", [("plain", "adam"), ("thin", "adam"), ("thin", "muon")])
 def test_resume_is_bit_for_bit(tmp_path, way, direction, bits, dtype, monkeypatch):
-    """Saved after 5 steps, loaded with weights_only=True into new objects, 5 more give the bits of 10 unbroken."""
+    """Saved after 5 steps, loaded with weights_only=True into new objects, 5 more give the bits of 10
+    unbroken."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # so that some of these small matrices are 8-bit
     options = dict(dtype=dtype, state_bits=bits, direction=direction)
     unbroken, _ = trained(way, 10, **options)
@@ -744,8 +760,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, dict(max_norm=0.5), dict(weight_decay=0.1), dict(direction="muon")], ids=str)
 def test_thin_equals_plain(options):
-    """20 steps with refreshes inside, without ever forming G, end at the weights of loss.backward(); opt.step().
-    So do 4 micro-batches, which an optimiser that steps on each of them would not."""
+    """20 steps with refreshes inside, without ever forming G, end at the weights of loss.backward();
+    opt.step(). So do 4 micro-batches, which an optimiser that steps on each of them would not."""
     plain, opt = trained("plain", **options)
     for other in (trained("thin", **options), trained("thin", micro=4, **options), trained("plain", micro=4, **options)):
         assert weights_apart(plain, other[0]) < 1e-5
@@ -756,7 +772,8 @@ def test_thin_equals_plain(options):
 
 @pytest.mark.parametrize("case", ["shared layer", "Conv1D", "bf16, 8 bits", "autocast"])
 def test_thin_equals_plain_elsewhere(case):
-    """A layer used twice; layers that `thin` does not know; bf16 and autocast, up to the rounding of products."""
+    """A layer used twice; layers that `thin` does not know; bf16 and autocast, up to the rounding of
+    products."""
 
     def shared():
         model = Net()
@@ -793,8 +810,8 @@ def test_no_full_gradient_is_ever_made():
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])  # the last is finite, but its square is not
 def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
-    """With NaN or infinity in one gradient, that weight, its moments and basis stay; all weights', if a norm is
-    known first. The step is counted, and training goes on."""
+    """With NaN or infinity in one gradient, that weight, its moments and basis stay; all weights', if a norm
+    is known first. The step is counted, and training goes on."""
     options = dict(weight_decay=0.1, max_norm=max_norm, direction="muon" if way == "muon" else "adam")
     model, opt = trained("plain" if way == "plain" else "thin", 6, **options)
     target = model.layers[1].down.weight
@@ -814,8 +831,8 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(way, max_norm, bad):
 
 @pytest.mark.parametrize("way", ["thin", "plain"])
 def test_norm_is_that_of_torch(way):
-    """Clipped or not, `norm` is what torch's clip_grad_norm_ says of the projected gradients. Clipping to a share
-    of it gives Adam that share of each R."""
+    """Clipped or not, `norm` is what torch's clip_grad_norm_ says of the projected gradients. Clipping to a
+    share of it gives Adam that share of each R."""
     moments = {}
     for max_norm in (None, 1e9, 0.01):
         model, opt = trained(way, 0, max_norm=max_norm)
@@ -843,7 +860,8 @@ def test_norm_is_that_of_torch(way):
 
 
 def test_thin_refusals():
-    """Exact, a second thin, another's model, and a weight used elsewhere or too often each give a sentence."""
+    """Exact, a second thin, another's model, and a weight used elsewhere or too often each give a
+    sentence."""
     model, opt = trained("thin", 0)
     for word, refused in {
         "SVD": lambda: trained("thin", 0, kind=Exact),
@@ -872,8 +890,8 @@ def test_a_gradient_penalty_is_refused():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_too_many_gradients_are_explained(shared):
-    """A shared layer under reentrant checkpointing, and a step given up with the model's zero_grad, give a weight
-    more gradients than were announced. The sentence names both."""
+    """A shared layer under reentrant checkpointing, and a step given up with the model's zero_grad, give a
+    weight more gradients than were announced. The sentence names both."""
     model, opt = trained("thin", 0)
 
     def backward():
@@ -908,24 +926,34 @@ def test_zero_grad_drops_what_has_accumulated():
     assert weights_apart(one, two) == 0
 
 
-@pytest.mark.parametrize("direction, backend", [("adam", "inductor"), ("muon", "aot_eager")])
-def test_blocks_and_updates_compile_whole(direction, backend, monkeypatch):
+def test_blocks_and_updates_compile_whole(monkeypatch):
     """torch.compile takes thin blocks and the 8-bit update with fullgraph=True, and changes nothing."""
-    compiler = cache(lambda f: torch.compile(f, fullgraph=True, dynamic=True, backend=backend))
-    monkeypatch.setattr(galore, "compiled", compiler)
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
-    options = dict(state_bits=8, direction=direction)
-    eager, _ = trained("thin", 3, **options)
-    model, opt = trained("thin", 0, compile=True, **options)
+    build = partial(Net, partial(nn.Linear, bias=False))
+    eager, _ = trained("thin", 3, build=build, state_bits=8)
+    model, opt = trained("thin", 0, build=build, state_bits=8, compile=True)
     torch._dynamo.reset()
     for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        layer.compile(fullgraph=True, dynamic=False)
     trained("thin", 3, model=model, opt=opt)
     assert weights_apart(eager, model) < 2e-3 and not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_other_directions_compile(monkeypatch):
+    """So does Muon's update, of weights with and without a rank, in both orientations."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(galore, "compiled", cache(partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")))
+    shapes, ends = [(16, 40), (40, 16), (9,)], []
+    for compile in (False, True):
+        ends.append(parameters(*shapes))
+        groups = [dict(params=ends[-1][:2], rank=8), dict(params=ends[-1][2:])]
+        walk([GaLoreAdamW(groups, lr=0.01, direction="muon", compile=compile)], [ends[-1]], 4)
+    assert apart(*ends) < 1e-5
+
+
 def test_a_training_step_has_two_graphs():
-    """Compiled and checkpointed LLaMA blocks: two graphs in all, P due or not, and the losses of the eager model."""
+    """Compiled and checkpointed LLaMA blocks: two graphs in all, P due or not, and the losses of the eager
+    model."""
     counters, losses = torch._dynamo.utils.counters, {}
     for compile in (False, True):
         torch._dynamo.reset(), counters.clear()
@@ -971,8 +999,8 @@ def test_model_and_optimiser_are_freed():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_counted_flops_of_a_thin_block(checkpointed):
-    """2 r (m + n) operations a token for R of each matrix, X P once, nothing m x n x tokens. Checkpointing repeats
-    all products but the last."""
+    """2 r (m + n) operations a token for R of each matrix, X P once, nothing m x n x tokens. Checkpointing
+    repeats all products but the last."""
     config, tokens, r = Config(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=1,
                                num_attention_heads=2), 3 * 16, 8  # fmt: skip
     model = Llama(config)
@@ -1022,8 +1050,8 @@ def in_processes(function, n, *arguments):
 
 @pytest.mark.parametrize("way, n", [("thin", 2), ("clip", 4), ("plain", 2), ("exact", 2)])
 def test_many_processes_equal_one_with_the_whole_batch(tmp_path, way, n):
-    """Processes, which exchange R and Y alone, end at the weights of one process with all their batches: 12 steps of
-    two micro-batches, every block refreshed on the way."""
+    """Processes, which exchange R and Y alone, end at the weights of one process with all their batches: 12
+    steps of two micro-batches, every block refreshed on the way."""
     results = in_processes(one_of_many, n, n, tmp_path / "meet", way)
     one, _ = trained("plain", 12, **WAYS[way])
     assert all(apart(results[0], results[i]) == 0 for i in range(n))
@@ -1068,8 +1096,8 @@ DIFFERENT = [("experts", "plain"), ("experts", "thin"), ("tower", "plain"), ("ve
 
 @pytest.mark.parametrize("case, way", DIFFERENT)
 def test_processes_with_other_gradients_end_with_one_sentence(tmp_path, way, case):
-    """Where two processes use different layers in a step, or in another order, both end with one sentence and no
-    weight has moved. Order and passes matter in the thin way alone, where weights move in between."""
+    """Where two processes use different layers in a step, or in another order, both end with one sentence and
+    no weight has moved. Order and passes matter in the thin way alone, where weights move in between."""
     results = in_processes(one_who_differs, 2, tmp_path / "meet", case, way)
     if case == "none" or (case, way) == ("order", "plain"):
         assert not results
@@ -2210,7 +2238,8 @@ def unbroken(tmp_path_factory, tokens):
 
 
 def test_the_documented_command_learns(unbroken):
-    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log and checkpoint."""
+    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log
+    and checkpoint."""
     folder, output = unbroken
     for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "512 tokens", "perplexity", "bits a byte", "sample:\ndef "):
         assert word in output
@@ -2227,8 +2256,9 @@ def test_the_documented_command_learns(unbroken):
 
 
 def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, tokens, monkeypatch, capsys):
-    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from their checkpoint, and ends at the
-    weights and losses of one that was never disturbed, to the last bit; its validation losses are those of two processes."""
+    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from
+    their checkpoint, and ends at the weights and losses of one that was never disturbed, to the last bit; its
+    validation losses are those of two processes."""
     common = [*SHORT, *"--galore --lr 0.01 --update_proj_gap 7 --eval_every 8 --batch_size 4 --state_bits 8 --grad_clipping 1 --data_dir".split(), tokens]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(HERE / "train.py")]
     out = tmp_path / "out" / "toy-galore-r64-8bit"
@@ -2320,14 +2350,16 @@ def test_a_sample_that_is_no_text_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_no_memory_names_what_would_fit(monkeypatch, tmp_path, capsys):
-    """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would fit."""
+    """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would
+    fit."""
     monkeypatch.setattr(train, "free_memory", lambda args: 20.5)
     output, code = run_here(monkeypatch, tmp_path, capsys, *"--size 7b --galore --rank 1024 --dtype bfloat16 --device cpu --vocab_size 32000".split())
     assert code == 2 and "this run needs about" in output and "has 20.5 GB for it; with" in output and "it would fit" in output
 
 
 def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkeypatch, tmp_path, capsys):
-    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run code: each is refused."""
+    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run
+    code: each is refused."""
     folder = tmp_path / "run"
     folder.mkdir()
     last = newest(unbroken[0]).name
@@ -2417,8 +2449,9 @@ FEW = "--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_si
 
 @pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("step", "SIGHUP"), ("data", "SIGTERM"), ("validation", "SIGTERM")])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, tmp_path, capsys, tokens):
-    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during validation: the run saves, leaves with 0
-    and prints the line that goes on; what is resumed ends like a run that was not stopped."""
+    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during
+    validation: the run saves, leaves with 0 and prints the line that goes on; what is resumed ends like a run
+    that was not stopped."""
     options = [*FEW, *"--steps 6 --eval_every 3 --save_every 99 --data_dir".split(), tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
@@ -2458,8 +2491,9 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
 
 
 def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
-    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is written among them. More than 20 in a
-    row end the run with code 1, and the newest checkpoint is from before them; it can be resumed."""
+    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is
+    written among them. More than 20 in a row end the run with code 1, and the newest checkpoint is from
+    before them; it can be resumed."""
     step = train.training_step
     count, bad = [0], {3, *range(9, 99)}
 
@@ -2499,8 +2533,8 @@ def test_validation_without_text_is_told_at_once(monkeypatch, tmp_path, capsys):
 
 
 def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, capsys):
-    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name and line; mended, it goes on as if
-    nothing had been."""
+    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name
+    and line; mended, it goes on as if nothing had been."""
     c4_like(tmp_path / "good", shards=3, documents=10)
     c4_like(tmp_path / "bad", shards=3, documents=10)
     shard = tmp_path / "bad" / "c4-train.00001-of-01024.json.gz"
@@ -2519,7 +2553,8 @@ def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, c
 
 
 def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, capsys, tokens):
-    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of another version is said, too."""
+    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of
+    another version is said, too."""
     options = [*FEW, "--data_dir", tokens, "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "4", "--keep", "9", "--save_every", "2")[1] == 0
     (tmp_path / "run" / "checkpoint-00000000.pt").unlink()
@@ -2541,7 +2576,8 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
 
 
 def test_the_batch_is_split_anew_for_other_processes(monkeypatch, tmp_path):
-    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 8 again on one; a GPU that is not there is told."""
+    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 8 again on one; a
+    GPU that is not there is told."""
     one = train.arguments().parse_args([])
     config = train.settle(one, None)
     train.fit(config, one, True)
@@ -2559,8 +2595,8 @@ def test_the_batch_is_split_anew_for_other_processes(monkeypatch, tmp_path):
 
 
 def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
-    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays, training goes on; when there is
-    room again, or at the end, all is written, and nothing is missing."""
+    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
+    training goes on; when there is room again, or at the end, all is written, and nothing is missing."""
     options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     save, saves, waits = torch.save, [], []
@@ -2612,7 +2648,8 @@ def test_a_full_disk_at_the_end_is_waited_for(monkeypatch, tmp_path, capsys, tok
 
 @pytest.mark.parametrize("when", ["after a bad step", "no room"])
 def test_asked_to_stop_where_nothing_can_be_saved(when, monkeypatch, tmp_path, capsys, tokens):
-    """Ctrl-C right after a skipped step leaves the checkpoint of before; while it waits for room on the disk it gives up; both say from where to go on."""
+    """Ctrl-C right after a skipped step leaves the checkpoint of before; while it waits for room on the disk
+    it gives up; both say from where to go on."""
     options = [*FEW, *"--steps 3 --save_every 99 --out_dir run --data_dir".split(), tokens]
     step, save = train.training_step, torch.save
 
@@ -2641,8 +2678,8 @@ def test_asked_to_stop_where_nothing_can_be_saved(when, monkeypatch, tmp_path, c
 
 
 def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, capsys, tokens):
-    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest. Bytes
-    in the log that are no text stay as they are."""
+    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest.
+    Bytes in the log that are no text stay as they are."""
     options = [*FEW, "--data_dir", tokens, "--save_every", "1", "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "1")[1] == 0
     for name in ("checkpoint-best.pt", "checkpoint-00000001-copy.pt"):
@@ -2658,7 +2695,8 @@ def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, c
 
 
 def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
-    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards it may."""
+    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards
+    it may."""
     options = [*FEW, "--steps", "2", "--data_dir", tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")[1] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -2671,7 +2709,8 @@ def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_without_a_terminal_and_without_a_folder(tokens, tmp_path):
-    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last checkpoint is there."""
+    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last
+    checkpoint is there."""
     command = [sys.executable, str(HERE / "train.py"), *FEW, "--steps", "40", "--save_every", "10", "--data_dir", tokens, "--out_dir", str(tmp_path / "run")]
     process = subprocess.Popen(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -2711,7 +2750,8 @@ def test_threads_do_not_spin_for_long(name, value, spins):
 
 
 def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):
-    """--tensorboard is refused with the pip line where the package is not installed; else it holds what the log holds."""
+    """--tensorboard is refused with the pip line where the package is not installed; else it holds what the
+    log holds."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "find_spec", lambda name: None)
         output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--tensorboard")
@@ -2731,7 +2771,8 @@ def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("size", ["toy", "60m"])
 def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path, capsys):
-    """--plan's bytes of weights, P and moments are those of a real model and optimiser; its last line is the peak."""
+    """--plan's bytes of weights, P and moments are those of a real model and optimiser; its last line is the
+    peak."""
     options = ["--size", size, "--galore", "--rank", "64", "--state_bits", str(bits), "--vocab_size", "320", "--tokenizer", "bytes"]
     output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--plan", "--device", "cpu")
     assert not code and output.strip().splitlines()[-1].startswith("peak ") and not list(tmp_path.iterdir())
@@ -2756,7 +2797,8 @@ def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path
     "--size 60m --galore --rank 128 --batch_size 8 --total_batch_size 64 --grad_clipping 1 --activation_checkpointing --muon",
     "--size 60m --no-layerwise --batch_size 8 --total_batch_size 8", "--size 1b --galore --rank 512 --state_bits 8 --batch_size 4 --total_batch_size 4"])  # fmt: skip
 def test_plan_is_the_simulated_peak(options):
-    """--plan's bytes are within 3% of the peak of the real training step on fake tensors (experiments/memory.py)."""
+    """--plan's bytes are within 3% of the peak of the real training step on fake tensors
+    (experiments/memory.py)."""
     folder = str(Path(__file__).parent / "experiments")
     sys.path.insert(0, folder)
     import memory
@@ -2767,7 +2809,8 @@ def test_plan_is_the_simulated_peak(options):
 
 
 def test_the_plan_chooses(monkeypatch):
-    """Without --batch_size the largest power of two that fits is taken; checkpointing only where nothing fits without; both are said."""
+    """Without --batch_size the largest power of two that fits is taken; checkpointing only where nothing fits
+    without; both are said."""
 
     def planned(options, gigabytes):
         monkeypatch.setattr(train, "free_memory", lambda args: gigabytes)
@@ -2787,7 +2830,8 @@ def test_the_plan_chooses(monkeypatch):
 
 
 def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, tokens):
-    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager one."""
+    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager
+    one."""
     def broken(*args, **options):
         raise RuntimeError("Cannot find a working triton installation.\nMore about it.")
 
@@ -2799,7 +2843,8 @@ def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, toke
 
 
 def test_stopwatch():
-    """Refreshing happens inside the optimiser and is not counted twice; what is neither it, nor data, nor optimiser is the model."""
+    """Refreshing happens inside the optimiser and is not counted twice; what is neither it, nor data, nor
+    optimiser is the model."""
     spans = [("optimiser", 1.0, 4.0), ("refresh", 2.0, 2.5), ("data", 0.0, 0.25), ("optimiser", 5.0, 6.0), ("step", 0.0, 10.0)]
     expected = dict(step=10.0, data=0.25, optimiser=3.5, refresh=0.5, model=5.75)
     assert train.Stopwatch(torch.device("cpu")).seconds(spans) == expected
@@ -2875,7 +2920,8 @@ def test_another_model_than_the_runs_is_told(monkeypatch, tmp_path, capsys, toke
 
 
 def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
-    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit moments."""
+    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit
+    moments."""
     if "NANO_GALORE_DATA" not in os.environ:
         pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
     folder = Path(os.environ["NANO_GALORE_DATA"])
