@@ -1,0 +1,105 @@
+"""How much memory does a training step take? The step itself, run on tensors that have no memory.
+
+Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker sees
+each tensor come and go: weights, state, accumulators, activations, temporaries. The plan follows whatever the
+model and the optimiser do, in code that is changed, too. The step is a late one, so that every state is there,
+with a first, a middle and a last micro-batch. In it as many blocks are due for a refresh as in the fullest.
+
+The peak is linear in the number of equal blocks and in the micro-batch. So a few blocks stand for all, and two
+micro-batches for all sizes. The second holds from a whole chunk of the loss on; below, each size is simulated.
+
+Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes less than this.
+"""
+from unittest import mock
+
+import torch
+
+KINDS = {"weights": ("Parameter", "Buffer"), "state": ("Other",), "gradients": ("Gradient",),
+         "activations": ("Activation",), "temporaries": ("Temp", "Optstate")}
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The fused kernel, which saves q, k, v and one number per row. On meta tensors torch takes a slow path."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[str, float]:
+    """GB by kind at the fullest moment of a step.
+
+    build(blocks): model with so many blocks, on "meta", and its optimiser; step(model, opt, batches): takes the
+    step; due: how many blocks are refreshed, among them the last, which comes first in the backward pass and so
+    finds all activations there; tokens: sequences of a micro-batch, tokens of a sequence.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+
+    class Tracker(MemTracker):
+        """Without statistics by module, which allow a module one forward pass only."""
+        def no_statistics(self, *args):
+            pass
+
+        _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = no_statistics
+
+    tracker, cpu = Tracker(), torch.Generator()
+    with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
+          mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
+        model, opt = build(blocks)
+        ranked = [group for group in opt.param_groups if group["rank"]]
+        for i, group in enumerate(ranked):
+            group["t"] = 1000 * group["update_proj_gap"] + group["offset"]
+            group["t"] -= i == len(ranked) - 1 or i < due - 1
+        states = [opt.init(p) for p in opt.group]
+        opt.arm()
+        leaves = [*opt.group, *opt.proxies.values()]
+
+        def gradients(*_):
+            for grad in (leaf.grad for leaf in leaves if leaf.grad is not None):
+                tracker._update_and_maybe_create_winfos(grad, _MemRefType.GRAD)
+
+        def batches():
+            while True:
+                gradients()
+                yield (torch.zeros(tokens, dtype=torch.long, device="meta"),) * 2
+
+        opt.register_step_pre_hook(gradients)
+        tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
+        with tracker:
+            step(model, opt, batches())
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("meta")]
+    return {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9 for kind, names in KINDS.items()}
+
+
+def between(a: dict, b: dict, share: float) -> dict[str, float]:
+    """On the line through a and b, kind by kind: a at 0, b at 1."""
+    return {kind: a[kind] + (b[kind] - a[kind]) * share for kind in a}
+
+
+def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[str, float]:
+    """`simulate` for any number of blocks, of which each is due in one of `gap` steps; early on, two are."""
+    due = max(2, -(-blocks // gap))
+    if blocks <= due + 1:
+        return simulate(build, step, blocks, due, tokens)
+    few, more = (simulate(build, step, n, due, tokens) for n in (due, due + 1))
+    return between(few, more, blocks - due)
+
+
+def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) -> tuple[int, bool, dict]:
+    """Micro-batch, way and GB by kind: the first way in which anything fits, the largest size that fits in it.
+    If nothing does, the smallest.
+
+    peak(size, way): GB by kind; sizes: rising; free: GB; whole: the size from which on the peak is linear.
+    """
+    fits = lambda table: sum(table.values()) < free  # noqa: E731
+    way = next((way for way in ways[:-1] if fits(peak(sizes[0], way))), ways[-1])
+    line = [size for size in sizes if size >= whole]
+    if line:
+        low, high = peak(line[0], way), peak(line[-1], way)
+        for size in reversed(line):
+            table = between(low, high, (size - line[0]) / max(1, line[-1] - line[0]))
+            if fits(table):
+                return size, way, table
+    for size in [size for size in reversed(sizes) if size < whole] or sizes[:1]:
+        table = peak(size, way)
+        if fits(table):
+            break
+    return size, way, table
