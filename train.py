@@ -27,7 +27,6 @@ import time
 from argparse import BooleanOptionalAction as switch
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 # Both must stand before torch is imported.
@@ -43,8 +42,8 @@ from data import C4_URL, EndOfData, get_tokenizer, open_data
 from galore import GaLoreAdamW, param_groups, thin
 from model import CHUNK_LOGITS, SIZES, Config, Llama
 from plumbing import memory
-from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, checkpoints, highest, holds_a_run, hosts,
-                            read_checkpoint, save, seal, world, writable)
+from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
+                            read_checkpoint, save, seal, world)
 from plumbing.hf import read_config
 
 # The paper's tables 2 and 5, for 7B section 5.2; 512 sequences of 256 are its batch. muon: measured at toy size.
@@ -67,7 +66,7 @@ RECIPES = {  # a size that is not here has the paper's common values, and a quar
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "dtype", "seed")  # cannot change on --resume
-PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
+PER_START = ("resume", "out_dir", "plan", "device", "card")  # not taken over from a checkpoint
 PATIENCE = 20  # steps in a row whose gradients are not finite, before a run stops
 CARD = 0.97 * (23.64 * 2**30 - 5e8) / 1e9  # GB of an RTX 4090, as torch shows it; half a GB is CUDA's own
 N_VOCAB = {"gpt2": 50257, "bytes": 257}  # so that --plan needs no download
@@ -80,34 +79,26 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def number(kind, least: float, most: float = math.inf, above: bool = False):
-    """A type for argparse: finite, from `least`, or `above` it, to `most`."""
+def number(kind, least: float, most: float = 1e18):
+    """A type for argparse: a number from `least` to `most`."""
     def read(word):
         value = kind(word)
-        if not least <= value <= most or value == math.inf or above and value == least:
-            to = f" and at most {most}" if most < math.inf else " and finite"
-            raise argparse.ArgumentTypeError(f"{word} must be {'above' if above else 'at least'} {least:g}{to}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{word} must lie between {least:g} and {most:g}")
         return value
 
     read.__name__ = kind.__name__  # argparse says "invalid float value"
     return read
 
 
-def text(word: str) -> str:
-    if not word:
-        raise argparse.ArgumentTypeError("is empty: give it at least one letter")
-    word.encode()  # raises now what it would raise after the last step
-    return word
-
-
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False,
-        usage="python train.py [options]   (--help explains them)")
-    add, count, rate = parser.add_argument, number(int, 1), number(float, 0, above=True)
-    # model
+    """All options, with no defaults yet, and without --help, which shows them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False,
+                                     usage="python train.py [options]   (--help explains them)")
+    add, count, rate = parser.add_argument, number(int, 1), number(float, 1e-18)
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--size", choices=SIZES, help="of the model, started from random weights")
+    # model
+    one.add_argument("--size", choices=SIZES, help="of the model, from random weights")
     one.add_argument("--init", metavar="DIR", help="a Hugging Face LLaMA folder to start from")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights, gradients and activations")
     # data
@@ -126,7 +117,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=("adam", "muon"), help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
-    add("--layerwise", action=switch, help="move each weight during the backward pass, form no full gradient")
+    add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")
     add("--warmup_steps", type=number(int, 0), help="of linear warm-up")
     add("--min_lr_ratio", type=number(float, 0, 1), help="the cosine ends at this share of --lr")
@@ -136,8 +127,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--steps", type=count, help="of the whole run")
     add("--total_batch_size", type=count, help="sequences per step, over micro-batches and processes")
     add("--batch_size", type=count, help="sequences per micro-batch (default: the most that fits)")
-    add("--activation_checkpointing", action=switch,
-        help="compute activations again in the backward pass (default: where nothing fits without)")
+    add("--activation_checkpointing", action=switch, help="activations twice (default: if nothing fits without)")
     add("--compile", action=switch, help="torch.compile, block by block")
     # run
     add("--eval_every", type=count, help="steps")
@@ -146,115 +136,105 @@ def arguments() -> argparse.ArgumentParser:
     add("--keep", type=count, help="how many checkpoints stay, the newest")
     add("--out_dir", help="default: out/SIZE-METHOD, numbered if that is taken")
     add("--resume", action="store_true", default=None, help="go on with the run in --out_dir")
-    add("--sample", type=text, metavar="PROMPT", help="what the sample at the end begins with")
+    add("--sample", metavar="PROMPT", help="what the sample at the end begins with")
     add("--seed", type=number(int, 0, 2**63 - 1), help="of weights and rounding")
     add("--device", help="cuda, mps or cpu")
     add("--plan", action="store_true", default=None, help="print the memory that a step takes, and leave")
     return parser
 
 
+def devices() -> list[str]:
+    """Best first."""
+    return ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
 def defaults(said: argparse.Namespace) -> dict:
-    """All that does not stand in `said`: the recipe of its size, and what follows from its other options."""
+    """The recipe of the size, and what follows from the options that were said."""
     size = said.size or ("init" if said.init else "toy")
-    other = size in SIZES and dict(rank=max(1, SIZES[size]["hidden_size"] // 4))
-    recipe = PAPER | RECIPES.get(size, other or {})
-    data, steps, rank = said.data or recipe["data"], said.steps or recipe["steps"], recipe.pop("rank")
-    tokenizer = "bytes" if data == "python" else recipe["tokenizer"]
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    gpu = (said.device or device).startswith("cuda")
-    narrow = size != "toy" and (gpu or said.plan and not said.device)
-    rates, gap = recipe.pop("lr"), recipe.pop("update_proj_gap")
-    method = dict(lr=rates["full"])
+    recipe = PAPER | (RECIPES.get(size) or dict(rank=SIZES[size]["hidden_size"] // 4))
+    rates, data, steps = recipe.pop("lr"), said.data or recipe["data"], said.steps or recipe["steps"]
+    gpu = (said.device or devices()[0]).startswith("cuda")
+    if data == "python":
+        recipe["tokenizer"] = "bytes"
     if said.galore:
         direction = said.direction or "adam"
-        method = dict(rank=rank, update_proj_gap=gap, galore_scale=0.25, direction=direction,
-                      lr=rates.get(direction, rates["adam"]))
-    return recipe | method | dict(
-        size=size, dtype="bfloat16" if narrow else "float32", data=data, data_url=C4_URL, keep_shards=0,
-        tokenizer=tokenizer, sample="def " if data == "python" else "The", galore=False, exact=False,
-        layerwise=not said.exact, warmup_steps=steps // 10, min_lr_ratio=0.1, weight_decay=0.0,
-        grad_clipping=0.0, compile=gpu, eval_every=max(1, steps // 5),
-        save_every=min(max(1, steps // 10), 1000), keep=1, seed=0, device=device, resume=False, plan=False)
+        recipe |= dict(direction=direction, galore_scale=0.25, lr=rates.get(direction, rates["adam"]))
+    else:
+        recipe |= dict(rank=None, update_proj_gap=None, lr=rates["full"])
+    return recipe | dict(
+        size=size, dtype="bfloat16" if size != "toy" and (gpu or said.plan and not said.device) else "float32",
+        data=data, data_url=C4_URL, keep_shards=0, galore=False, exact=False, layerwise=not said.exact,
+        warmup_steps=steps // 10, min_lr_ratio=0.1, weight_decay=0.0, grad_clipping=0.0, compile=gpu, keep=1,
+        eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000), seed=0, device=devices()[0],
+        sample="def " if data == "python" else "The")
 
 
 def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, shape and checkpoint: the recipe, over it the checkpoint, over it what was typed. ValueError
-    for what cannot be honoured, SystemExit from argparse."""
-    parser = arguments()
+    """Arguments, shape and checkpoint: the recipe, over it the checkpoint, over it what was typed. SystemExit or
+    ValueError for what cannot be honoured."""
+    parser, checkpoint, old = arguments(), None, {}
     typed, _ = parser.parse_known_args(words)
-    checkpoint, old = None, {}
     if typed.resume:
-        refuse((not typed.out_dir, "--resume needs --out_dir, the folder of the run to go on with"))
+        refuse([(not typed.out_dir, "--resume needs --out_dir, the folder of the run to go on with")])
         checkpoint = read_checkpoint(Path(typed.out_dir))
-        old = checkpoint["args"]
-    known = {k: old[k] for k in old if k in typed and k not in PER_START}
-    said = argparse.Namespace(**{k: known.get(k) if v is None else v for k, v in vars(typed).items()})
-    parser.set_defaults(**defaults(said) | known)
+        old = {k: v for k, v in checkpoint["args"].items() if k in typed and k not in PER_START}
+    parser.set_defaults(**old)
+    said, _ = parser.parse_known_args(words)
+    parser.set_defaults(**defaults(said) | old)
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     args = parser.parse_args(words)
-    args.processes = world()
-    if typed.batch_size is None and args.batch_size and args.total_batch_size % (args.batch_size * world()):
+    if not typed.batch_size and args.batch_size and args.total_batch_size % (args.batch_size * world()):
         args.batch_size = None  # was for another total, or another number of processes
-    for k in FIXED if checkpoint else ():
-        refuse((k in known and getattr(args, k) != old[k], f"the run in {args.out_dir} has {k} {old[k]}, not "
-                f"{getattr(args, k)}: that cannot change; take another --out_dir"))
-    config = shape(args, checkpoint)
-    refuse(*refusals(args, typed, config, checkpoint))
-    args.device = f"cuda:{LOCAL_RANK}" if world() > 1 and args.device == "cuda" else args.device
-    args.vocab_size = config.vocab_size
-    for k, value in old.items():
-        if k not in args:
-            tell(f"the run had {k} {value}, which this version of train.py does not know: left out")
-        elif k not in PER_START and getattr(args, k) != value:
-            tell(f"{k} was {value} and is {getattr(args, k)} from here on")
-    return args, config, checkpoint
-
-
-def shape(args: argparse.Namespace, checkpoint: dict | None) -> Config:
+    refuse([(k in FIXED and getattr(args, k) != v, f"the run in {args.out_dir} has {k} {v}, not "
+             f"{getattr(args, k)}: that cannot change; take another --out_dir") for k, v in old.items()])
     if checkpoint:
-        return Config(**checkpoint["config"])
-    if args.init:
-        return read_config(Path(args.init))
-    vocab = args.vocab_size or -(-(N_VOCAB.get(args.tokenizer) or get_tokenizer(args.tokenizer).n_vocab) // 64) * 64
-    return Config(vocab, max_position_embeddings=max(2048, args.seq_len), **SIZES[args.size])
+        config = Config(**checkpoint["config"])
+    elif args.init:
+        config = read_config(Path(args.init))
+    else:
+        tokens = N_VOCAB.get(args.tokenizer) or get_tokenizer(args.tokenizer).n_vocab
+        vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
+        config = Config(vocab, max_position_embeddings=positions, **SIZES[args.size])
+    refuse(refusals(args, typed, config, checkpoint))
+    args.vocab_size, args.card = config.vocab_size, args.device == "cpu" and not typed.device
+    for k in checkpoint["args"] if checkpoint else ():
+        if k not in args:
+            tell(f"the run had {k}, which this version of train.py does not know: left out")
+        elif k in old and getattr(args, k) != old[k]:
+            tell(f"{k} was {old[k]} and is {getattr(args, k)} from here on")
+    return args, config, checkpoint
 
 
 def refusals(args, typed, config: Config, checkpoint: dict | None) -> list[tuple]:
     """What cannot be honoured: whether it is asked for, and the sentence."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = ["cpu", *["cuda"] * cuda, *["mps"] * mps]
-    kind, gpus = args.device.split(":")[0], torch.cuda.device_count()
+    kind, gpus, new_init = args.device.split(":")[0], torch.cuda.device_count(), args.init and not checkpoint
     short = min(config.hidden_size, config.num_key_value_heads * config.head_dim)
-    at_once = (args.batch_size or 1) * world()
+    at_once, taken = (args.batch_size or 1) * world(), checkpoint["step"] if checkpoint else 0
     return [
-        (args.init and not checkpoint and typed.vocab_size,
-         "--init brings its vocabulary along: leave --vocab_size out"),
-        (args.init and not checkpoint and any(Path(args.init).glob("tokenizer*")),
-         f"{args.init} has a tokenizer, which is not read. If --tokenizer gives the same ids, copy config.json "
-         "and the weights to another folder"),
+        (new_init and typed.vocab_size, "--init brings its vocabulary along: leave --vocab_size out"),
+        (new_init and any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer, which is not read. "
+         "If --tokenizer gives the same ids, copy config.json and the weights to another folder"),
         *((getattr(typed, k) and not args.galore, f"--{k} has no effect without --galore")
           for k in ("rank", "update_proj_gap", "galore_scale", "direction", "exact")),
-        (args.exact and args.direction != "adam",
-         f"--exact is the paper to the letter, which has no {args.direction}: leave one of the two out"),
-        (args.exact and args.layerwise,
-         "--exact takes an SVD of full gradients, which --layerwise never forms: leave one of the two out"),
-        (args.galore and not args.rank < short,
+        (args.exact and args.direction != "adam", "--exact is the paper to the letter: leave --direction out"),
+        (args.exact and args.layerwise, "--exact takes an SVD of full gradients, which --layerwise never forms: "
+         "leave one of the two out"),
+        (args.galore and args.rank >= short,
          f"--rank {args.rank} must be below {short}, the shortest side of the model's matrices"),
-        (typed.data_url and args.data != "c4",
-         f"--data_url says where C4 is, and has no effect with --data {args.data}"),
-        (kind not in there, f"--device {args.device} is not there: torch sees {', '.join(there)} here"),
+        (typed.data_url and args.data != "c4", f"--data_url has no effect with --data {args.data}"),
+        (not args.sample, "--sample is empty: give it at least one letter to begin with"),
+        (kind not in devices(), f"--device {kind} is not there: torch sees {', '.join(devices())} here"),
         (world() > 1 and args.device == "cuda" and LOCAL_RANK >= gpus,
          f"there is no GPU for process {LOCAL_RANK + 1} of this machine: torchrun --nproc_per_node={gpus}"),
         (world() > 1 and kind == "mps", "several processes work on CUDA or CPUs, not on mps: start one"),
         (args.warmup_steps > args.steps, f"--warmup_steps {args.warmup_steps} is above --steps {args.steps}"),
         (args.total_batch_size % at_once, f"--total_batch_size {args.total_batch_size} is not a multiple of "
          f"--batch_size {args.batch_size or 1} times {world()} process(es)"),
-        (checkpoint and args.steps < checkpoint["step"],
-         f"the run has taken {checkpoint and checkpoint['step']} steps already, more than --steps {args.steps}"),
+        (args.steps < taken, f"the run has taken {taken} steps already, more than --steps {args.steps}"),
     ]
 
 
-def refuse(*cases: tuple) -> None:
+def refuse(cases: list[tuple]) -> None:
     for wrong, sentence in cases:
         if wrong:
             raise ValueError(sentence)
@@ -269,58 +249,50 @@ def tell(line: str) -> None:
 
 # ----- memory, before any of it is taken --------------------------------------------------------------------
 
-def plan(args: argparse.Namespace, config: Config, batch_size: int, checkpointing: bool) -> dict[str, float]:
-    """GB by kind at the fullest moment of a step: the step itself, simulated (plumbing/memory.py)."""
-    def build(blocks):
-        micro_batches = min(args.total_batch_size // (batch_size * world()), 3)  # first, middle, last
-        total = micro_batches * batch_size * world()
-        few = vars(args) | dict(batch_size=batch_size, total_batch_size=total, compile=False,
-                                activation_checkpointing=checkpointing)
-        model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
-        return model, prepare(model, argparse.Namespace(**few))
-
-    blocks, gap = config.num_hidden_layers, args.update_proj_gap or config.num_hidden_layers
-    return memory.peak(build, training_step, blocks, gap, (batch_size, args.seq_len))
-
-
-def fit(args: argparse.Namespace, config: Config, on_this_device: bool) -> dict[str, float] | None:
-    """Sets micro-batch and checkpointing where that was not done. Returns GB by kind, None if nothing was
-    simulated. ValueError if the run does not fit. On a CPU it looks at nothing, and takes 8,192 tokens at once."""
+def fit(args: argparse.Namespace, config: Config) -> None:
+    """Sets micro-batch and checkpointing where that was not done: on a GPU, and for --plan, by simulating steps.
+    ValueError if the run does not fit. A CPU gets no more than 8,192 tokens at once, and no simulation."""
     gpu = args.device.startswith("cuda")
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
-    powers = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
-    sizes = [args.batch_size] if args.batch_size else powers or [1]
+    sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most] or [1]
+    sizes = [args.batch_size] if args.batch_size else sizes
     ways = [False, True] if args.activation_checkpointing is None else [args.activation_checkpointing]
-    flops = 6 * Llama(config, "meta").num_parameters() * args.steps * args.total_batch_size * args.seq_len
-    years = flops / 1e11 / 3.15e7
-    refuse((not gpu and not args.plan and not on_this_device and flops > 3e18,
-            f"no GPU was found, and on a CPU this run would take about {years:,.0f} years: run it where torch sees "
-            "a GPU, take a smaller --size or fewer --steps, or say --device cpu (--plan shows the memory)"))
-    args.batch_size, args.activation_checkpointing, table = sizes[-1], ways[0], None
-    if not gpu and not args.plan:
-        return None
+    years = (6 * Llama(config, "meta").num_parameters() * args.steps * args.total_batch_size * args.seq_len
+             / 1e11 / 3.15e7)
+    refuse([(args.card and not args.plan and years > 1, "no GPU was found, and on a CPU this run would take about "
+             f"{years:,.0f} years: run it where torch sees a GPU, take a smaller --size or fewer --steps, or say "
+             "--device cpu (--plan shows the memory)")])
+    args.batch_size, args.activation_checkpointing = sizes[-1], ways[0]
+    if not (gpu or args.plan):
+        return
+
+    def peak(batch_size: int, checkpointing: bool) -> dict[str, float]:
+        def build(blocks):
+            few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
+            few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
+            model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
+            few = argparse.Namespace(**few)
+            return model, prepare(model, few), accumulation(few)
+
+        blocks = config.num_hidden_layers
+        return memory.peak(build, training_step, blocks, args.update_proj_gap or blocks, (batch_size, args.seq_len))
+
     free = 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9 if gpu else CARD
-    free = -highest(-free)
-    whole = max(1, CHUNK_LOGITS // config.vocab_size // args.seq_len)
+    free = -highest(-free)  # of the fullest device
     try:
         args.batch_size, args.activation_checkpointing, table = memory.choose(
-            cache(lambda size, way: plan(args, config, size, way)), sizes, ways, free, whole)
+            peak, sizes, ways, free, CHUNK_LOGITS // config.vocab_size // args.seq_len)
     except Exception as error:  # another torch, or a model whose steps depend on values
-        why = f"the memory of a step cannot be simulated here ({type(error).__name__}: {error})".split("\n")[0]
-        refuse((args.plan or len(sizes) > 1, f"{why}: give --batch_size"))
-        tell(why)
-        return None
+        why = f"no step can be simulated here ({type(error).__name__}: {error})".split("\n")[0]
+        refuse([(args.plan or len(sizes) > 1, f"{why}: give --batch_size, and do without --plan")])
+        return tell(why)
     need = sum(table.values())
-    refuse((need >= free and not args.plan,
-            f"this run needs {need:.1f} GB and {args.device} has {free:.1f} GB for it: take a lower --rank, "
-            "--state_bits 8, --activation_checkpointing, a smaller --batch_size or a smaller --size"))
-    where = args.device if gpu or on_this_device else "no GPU here; a 24 GB card"
-    tell(f"micro-batch {args.batch_size}, activation checkpointing {'on' if args.activation_checkpointing else 'off'};"
-         f" {where} has {free:.2f} GB for it{': THIS RUN DOES NOT FIT' * (need >= free)}")
-    for kind, size in table.items():
-        tell(f"{kind:<12}{size:9.3f} GB")
-    tell(f"peak {need:.2f} GB")
-    return table
+    refuse([(need >= free and not args.plan, f"this run needs {need:.1f} GB and {args.device} has {free:.1f} GB for "
+             "it: take a lower --rank, --state_bits 8, --activation_checkpointing, or a smaller --size")])
+    tell("\n".join(f"{kind:<12}{size:9.3f} GB" for kind, size in table.items()))
+    tell(f"--batch_size {args.batch_size}, --{'no-' * (not args.activation_checkpointing)}activation_checkpointing; "
+         f"{'a 24 GB card' if args.card else args.device} has {free:.2f} GB"
+         f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
 
 
 # ----- training ---------------------------------------------------------------------------------------------
@@ -334,8 +306,8 @@ def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
 
 
 def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> GaLoreAdamW:
-    """The optimiser, and the model made ready for it. Both go on from `checkpoint`. A group with an "lr" of its
-    own keeps it as its peak. ValueError for the checkpoint of another model or another optimiser."""
+    """The optimiser, and the model made ready for it. Both go on from `checkpoint`. The lr of a group, args.lr
+    unless it brings its own, is its peak. ValueError for the checkpoint of another model or optimiser."""
     model.activation_checkpointing = args.activation_checkpointing
     groups = [dict(params=list(model.parameters()))]
     if args.galore:
@@ -353,8 +325,8 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
     if checkpoint:
-        refuse((seal(model.state_dict()) != seal(checkpoint["model"]),
-                f"the run in {args.out_dir} has other weights than this model.py makes: go back to that one"))
+        refuse([(seal(model.state_dict()) != seal(checkpoint["model"]),
+                 f"the run in {args.out_dir} has other weights than this model.py makes: go back to that one")])
         model.load_state_dict(checkpoint.pop("model"))  # pop: a live tensor of the file keeps it on the disk
         groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]
         opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))  # options as said now
@@ -367,7 +339,7 @@ def accumulation(args: argparse.Namespace) -> int:
     return args.total_batch_size // (args.batch_size * world())
 
 
-def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int | None = None) -> torch.Tensor:
+def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
     """A step on `accumulate` micro-batches (x, y). Their mean loss stays on the device: nothing waits for it."""
     device, total = model.lm_head.weight.device, 0.0
     for _ in range(accumulate):
@@ -387,9 +359,9 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
     val.reset()
     total, count = 0.0, 0
     while count < args.eval_tokens:
-        left = (args.eval_tokens - count) // args.seq_len
+        sequences = max(1, min(args.batch_size * world(), (args.eval_tokens - count) // args.seq_len))
         try:
-            x, y = fetch(lambda: val.batch(max(1, min(args.batch_size * world(), left))))  # noqa: B023
+            x, y = fetch(lambda: val.batch(sequences))  # noqa: B023
         except EndOfData:
             break
         x, y, count = x[RANK :: world()], y[RANK :: world()], count + y.numel()
@@ -401,20 +373,27 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
                 bits_per_byte=loss / math.log(2) / val.bytes_per_token)
 
 
-def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> dict:
-    """To the last step, or to where it is asked to end, or has a problem. Returns the last step's number, that
-    of the newest checkpoint, and the last validation."""
-    past, folder = checkpoint or dict(step=0, skipped=0, scores={}), Path(args.out_dir)
+def most_memory(device: str) -> float:
+    """GB at the fullest moment so far: of tensors on a GPU, or of the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> tuple:
+    """To the last step, or to where it is asked to end, or has a problem. Returns the last step, that of the
+    newest checkpoint, and the validation of the end, None if it was not reached."""
+    past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
-    saved, due, streak = step if checkpoint else -1, False, 0  # step 0 is saved, too: to resume from
-    start, began, told = step, time.perf_counter(), 0.0
+    saved, due, streak, told = step if checkpoint else -1, False, 0, 0.0  # step 0 is saved, too: to resume from
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
-    brake.idle = False
+    start, began, brake.idle = step, time.perf_counter(), False
 
     def save_now() -> int:
         done = RANK == 0 and log.write() and save(
-            folder, args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step, data=position,
-            skipped=skipped, scores=scores, log_lines=log.lines, config=asdict(model.config), args=kept(args))
+            Path(args.out_dir), args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step,
+            data=position, skipped=skipped, scores=scores, log_lines=log.lines, config=asdict(model.config),
+            args=kept(args))
         return step if done else saved
 
     with suppress(Stop):
@@ -454,18 +433,12 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             if streak > PATIENCE:
                 brake.problem = (f"the gradients of {streak} steps in a row were not finite "
                                  "(in the data, or a learning rate too high)")
-    scores = scores if scores.get("step") == args.steps == step else None
-    wanted = step > saved and (scores or not streak)
-    saved = save_now() if wanted else saved
-    return step, saved, scores, bool(wanted and step > saved and RANK == 0)
-
-
-def most_memory(device: str) -> float:
-    """GB at the fullest moment so far: of tensors on a GPU, or of the whole process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
+    finished = step == args.steps and scores.get("step") == step
+    if step > saved and (finished or not streak):
+        saved = save_now()
+        if saved < step and RANK == 0:
+            brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
+    return step, saved, scores if finished else None
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -473,12 +446,11 @@ def kept(args: argparse.Namespace) -> dict:
 
 
 def say_the_end(model: Llama, args, tokenizer, step: int, saved: int, scores: dict | None) -> None:
-    """How to go on; or, at the end, the last validation and a sample."""
+    """The validation and a sample; or how to go on."""
     if not scores:
         start = "torchrun (as before)" if world() > 1 else "python"
-        again = (f"to go on from the checkpoint of step {saved}: {start} train.py --resume --out_dir {args.out_dir}"
-                 if saved >= 0 else "there is no checkpoint")
-        return tell(f"stopped after step {step}; {again}")
+        return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {start} train.py "
+                    f"--resume --out_dir {args.out_dir}")
     tell("validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits "
          "per byte, on {val_tokens:,} tokens".format(**scores))
     if math.isfinite(scores["val_loss"]) and RANK == 0:
@@ -490,80 +462,68 @@ def say_the_end(model: Llama, args, tokenizer, step: int, saved: int, scores: di
     tell(f"log and checkpoint: {args.out_dir}")
 
 
-def why_not_compile(device: str) -> str | None:
-    """What torch.compile says on the device when it is tried on something small; None if it works."""
+def begin() -> tuple:
+    """What `train` and `say_the_end` work on. Whatever can be known to be wrong is said before any work."""
+    args, config, checkpoint = settle()
+    if world() > 1 and args.device == "cuda":
+        args.device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(args.device)
+    if world() > 1 and not args.plan:
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    fit(args, config)
+    if args.plan:
+        sys.exit()
     try:
-        torch.compile(lambda x: x.sin() + x)(torch.ones(64, device=device))
+        args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
-        return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def choose_out_dir(args: argparse.Namespace) -> None:
-    """A new run never writes over another. ValueError if the folder asked for holds one."""
-    if args.out_dir is None:
-        name = f"{args.size}-{f'galore-r{args.rank}' if args.galore else 'adamw'}{'-8bit' * (args.state_bits == 8)}"
-        names = (Path("out", name + f"-{i}" * (i > 1)) for i in range(1, 10**6))
-        args.out_dir = str(next(path for path in names if not holds_a_run(path)))
-    refuse((not args.resume and RANK == 0 and holds_a_run(Path(args.out_dir)),
-            f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir"),
-           (not writable(Path(args.out_dir)), f"--out_dir {args.out_dir} cannot be written: take another"))
-
-
-def open_log(args: argparse.Namespace, checkpoint: dict | None, parameters: int) -> Log:
-    """Its first line, and where a resumed run has other arguments another one, holds all of them."""
+        args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
+        tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
+    method = f"galore-r{args.rank}" if args.galore else "adamw"
+    args.out_dir = args.out_dir or free_folder(f"out/{args.size}-{method}{'-8bit' * (args.state_bits == 8)}")
+    same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir", "compile")}
+    same = seal(same | dict(step=checkpoint and checkpoint["step"]))
+    tokenizer = get_tokenizer(args.tokenizer)
+    tokenizer.encode(args.sample)  # raises now what it would raise after the last step
+    refuse([
+        (not args.resume and RANK == 0 and holds_a_run(Path(args.out_dir)),
+         f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir"),
+        (highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; with "
+         "--resume all must find the same checkpoint in --out_dir, a folder that they share or a copy"),
+        (tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that of "
+         f"tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: take "
+         f"{'' if args.init else 'a larger --vocab_size or '}another --tokenizer")])
+    where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
+    place = checkpoint and checkpoint["data"]
+    stream = open_data(args.data, tokenizer, "train", args.seq_len, state=place, **where)
+    val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
+    torch.manual_seed(args.seed)
+    dtype = getattr(torch, args.dtype)
+    model = Llama(config, args.device, dtype)
+    if args.init and not checkpoint:
+        model = Llama.from_pretrained(args.init, dtype).to(args.device)
+    opt = prepare(model, args, checkpoint)
     log = Log(Path(args.out_dir), checkpoint["log_lines"] if checkpoint else 0)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-        log.write(dict(step=checkpoint["step"] if checkpoint else 0, args=vars(args), parameters=parameters,
-                       versions=dict(python=platform.python_version(), torch=torch.__version__, gpu=gpu,
-                                     cpu_threads=torch.get_num_threads(), processes=world())))
-    return log
+        versions = dict(python=platform.python_version(), torch=torch.__version__, gpu=gpu, processes=world(),
+                        cpu_threads=torch.get_num_threads())
+        start = checkpoint["step"] if checkpoint else 0
+        log.write(dict(step=start, args=vars(args), versions=versions, parameters=model.num_parameters()))
+    tell(", ".join(f"{k} {v}" for k, v in vars(args).items() if v is not None))
+    tell(f"{model.num_parameters():,} parameters; {accumulation(args)} micro-batch(es) on {world()} process(es)")
+    return model, opt, args, checkpoint, tokenizer, stream, val, log
 
 
 def main() -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters of the sample
-    parser, brake = arguments(), Brake()
-    try:  # whatever can be known to be wrong is said here, before any work
-        args, config, checkpoint = settle()
-        on_this_device = parser.parse_known_args()[0].device is not None
-        if world() > 1 and not args.plan:
-            if args.device.startswith("cuda"):
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        fit(args, config, on_this_device)
-        if args.plan:
-            return
-        if args.compile and (why := why_not_compile(args.device)):
-            args.compile = False
-            tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
-        choose_out_dir(args)
-        same = {k: v for k, v in kept(args).items() if k not in ("data", "data_dir", "compile")}
-        same = seal(same | dict(step=checkpoint and checkpoint["step"]))
-        refuse((highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; "
-                "with --resume all must find the same checkpoint in --out_dir, a folder that they share or a copy"))
-        tokenizer = get_tokenizer(args.tokenizer)
-        refuse((tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
-                f"that of tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: take "
-                f"{'' if args.init else 'a larger --vocab_size or '}another --tokenizer"))
-        where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
-        stream = open_data(args.data, tokenizer, "train", args.seq_len,
-                           state=checkpoint and checkpoint["data"], **where)
-        val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
-        refuse(((val.tokens[1 : args.eval_tokens + 1] == tokenizer.eot).all(),
-                f"the first {args.eval_tokens:,} validation tokens of {args.data} hold no text: take others"))
-        torch.manual_seed(args.seed)
-        dtype, anew = getattr(torch, args.dtype), not (args.init and not checkpoint)
-        model = (Llama(config, args.device, dtype) if anew
-                 else Llama.from_pretrained(args.init, dtype).to(args.device))
-        opt = prepare(model, args, checkpoint)
-        log = open_log(args, checkpoint, model.num_parameters())
+    brake = Brake()
+    try:
+        model, opt, args, checkpoint, tokenizer, stream, val, log = begin()
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; torchrun ends the others
-        parser.error(str(error))
-
-    say_the_beginning(model, opt, args)
-    step, saved, scores, failed = train(model, opt, args, checkpoint, stream, val, log, brake)
+        arguments().error(str(error))
+    step, saved, scores = train(model, opt, args, checkpoint, stream, val, log, brake)
     say_the_end(model, args, tokenizer, step, saved, scores)
     log.close()
     if world() > 1:
@@ -571,26 +531,7 @@ def main() -> None:
         dist.destroy_process_group()
     if brake.problem:
         time.sleep(3 * bool(RANK))
-        parser.exit(2, f"train.py: {brake.problem}\n")
-    if failed:
-        parser.exit(1, f"train.py: the checkpoint of step {step} could not be written; the newest is of step {saved}\n")
-
-
-def say_the_beginning(model: Llama, opt: GaLoreAdamW, args: argparse.Namespace) -> None:
-    inside = sum(p.numel() for group in opt.param_groups for p in group["params"] if group["rank"])
-    method = "full-rank AdamW"
-    if args.galore:
-        method = (f"GaLore, rank {args.rank}, T {args.update_proj_gap}, alpha {args.galore_scale:g}, "
-                  f"{args.direction}{', exact' * args.exact}")
-    tokens, batch = args.total_batch_size * args.seq_len, f"{accumulation(args)} x {world()} x {args.batch_size}"
-    tell(f"{args.size} LLaMA: {model.num_parameters():,} parameters, {inside:,} of them in projected matrices; "
-         f"{args.dtype} on {args.device}, {world()} process(es)")
-    tell(f"{method}; {args.state_bits}-bit moments, {'layer-wise' if args.layerwise else 'one'} update, "
-         f"clipping {args.grad_clipping or 'off'}")
-    tell(f"lr {args.lr:g} after {args.warmup_steps:,} steps of warm-up, cosine to {args.lr * args.min_lr_ratio:g}, "
-         f"weight decay {args.weight_decay:g}")
-    tell(f"{args.steps:,} steps of {tokens:,} tokens ({batch} sequences of {args.seq_len}); data {args.data}, "
-         f"tokenizer {args.tokenizer}, vocabulary {args.vocab_size:,}")
+        arguments().exit(brake.code, f"train.py: {brake.problem}\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import zlib
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -88,10 +89,9 @@ def holds_a_run(folder: Path) -> bool:
     return bool(checkpoints(folder)) or log.exists() and log.read_bytes().count(b"\n") > 1
 
 
-def writable(folder: Path) -> bool:
-    """Could it be written to, or made? (Nothing is made yet.)"""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
+def free_folder(name: str) -> str:
+    """name, or name-2, name-3, ...: the first that holds no run."""
+    return next(path for i in count(1) if not holds_a_run(Path(path := name + f"-{i}" * (i > 1))))
 
 
 def lock(folder: Path) -> int:
@@ -181,11 +181,12 @@ class Stop(Exception):
 
 
 class Brake:
-    """Ends a run between two steps. asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal; problem:
-    a sentence, or "". While it is `idle`, starting or waiting for data, it is interrupted at once."""
+    """Ends a run between two steps. asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal.
+    problem: a sentence, or "", and the exit code for it. While it is `idle`, starting or waiting for data,
+    it is interrupted at once."""
 
     def __init__(self):
-        self.asked, self.problem, self.idle = 0.0, "", True
+        self.asked, self.problem, self.code, self.idle = 0.0, "", 2, True
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
                 signal.signal(number, self.ask)

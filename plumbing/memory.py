@@ -27,8 +27,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
 def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[str, float]:
     """GB by kind at the fullest moment of a step.
 
-    build(blocks): model with so many blocks, on "meta", and its optimiser; step(model, opt, batches): takes the
-    step; due: how many blocks are refreshed, among them the last, which comes first in the backward pass and so
+    build(blocks): model with so many blocks, on "meta", its optimiser, and how many micro-batches a step has;
+    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, among them the last, which comes first in the backward pass and so
     finds all activations there; tokens: sequences of a micro-batch, tokens of a sequence.
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
@@ -43,7 +43,7 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
     tracker, cpu = Tracker(), torch.Generator()
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
-        model, opt = build(blocks)
+        model, opt, micro_batches = build(blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
         for i, group in enumerate(ranked):
             group["t"] = 1000 * group["update_proj_gap"] + group["offset"]
@@ -64,7 +64,7 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
         opt.register_step_pre_hook(gradients)
         tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
         with tracker:
-            step(model, opt, batches())
+            step(model, opt, batches(), micro_batches)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("meta")]
     return {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9 for kind, names in KINDS.items()}
 
