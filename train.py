@@ -27,6 +27,7 @@ import time
 from argparse import BooleanOptionalAction as switch
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 # Both must stand before torch is imported.
@@ -249,6 +250,18 @@ def tell(line: str) -> None:
 
 # ----- memory, before any of it is taken --------------------------------------------------------------------
 
+def plan(args: argparse.Namespace, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict:
+    """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
+    def build(blocks):
+        few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
+        few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
+        few, model = argparse.Namespace(**few), Llama(replace(config, num_hidden_layers=blocks), "meta", dtype)
+        return model, prepare(model, few), accumulation(few)
+
+    dtype, blocks = getattr(torch, args.dtype), config.num_hidden_layers
+    return run(build, training_step, blocks, args.update_proj_gap or blocks, (batch_size, args.seq_len))
+
+
 def fit(args: argparse.Namespace, config: Config) -> None:
     """Sets micro-batch and checkpointing where that was not done: on a GPU, and for --plan, by simulating steps.
     ValueError if the run does not fit. A CPU gets no more than 8,192 tokens at once, and no simulation."""
@@ -266,22 +279,11 @@ def fit(args: argparse.Namespace, config: Config) -> None:
     if not (gpu or args.plan):
         return
 
-    def peak(batch_size: int, checkpointing: bool) -> dict[str, float]:
-        def build(blocks):
-            few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
-            few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
-            model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
-            few = argparse.Namespace(**few)
-            return model, prepare(model, few), accumulation(few)
-
-        blocks = config.num_hidden_layers
-        return memory.peak(build, training_step, blocks, args.update_proj_gap or blocks, (batch_size, args.seq_len))
-
     free = 0.97 * torch.cuda.mem_get_info(args.device)[0] / 1e9 if gpu else CARD
     free = -highest(-free)  # of the fullest device
     try:
         args.batch_size, args.activation_checkpointing, table = memory.choose(
-            peak, sizes, ways, free, CHUNK_LOGITS // config.vocab_size // args.seq_len)
+            partial(plan, args, config), sizes, ways, free, CHUNK_LOGITS // config.vocab_size // args.seq_len)
     except Exception as error:  # another torch, or a model whose steps depend on values
         why = f"no step can be simulated here ({type(error).__name__}: {error})".split("\n")[0]
         refuse([(args.plan or len(sizes) > 1, f"{why}: give --batch_size, and do without --plan")])

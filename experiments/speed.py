@@ -317,10 +317,9 @@ def operations(options: str, due: bool = False) -> float:
 
     A step is linear in its micro-batches, so that one with one and one with two give it for any number.
     """
-    args = train.arguments().parse_args([*options.split(), "--vocab_size", "32000", "--state_bits", "32", "--plan", "--device", "cpu"])
-    config, steps = train.settle(args, None), []
+    (args, config, _), steps = train.settle([*options.split(), "--vocab_size", "32000", "--state_bits", "32", "--device", "cpu"]), []
     for micro_batches in (1, 2):
-        few = train.with_(args, total_batch_size=micro_batches * args.batch_size)
+        few = argparse.Namespace(**vars(args) | dict(total_batch_size=micro_batches * args.batch_size))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = llama.Llama(config, "cpu", torch.bfloat16)
             opt = train.prepare(model, few)

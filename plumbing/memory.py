@@ -24,23 +24,29 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[str, float]:
-    """GB by kind at the fullest moment of a step.
+def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[tuple, dict[str, float]]:
+    """GB by kind at the fullest moment of each part of a step: a forward pass, a backward pass, opt.step().
 
     build(blocks): model with so many blocks, on "meta", its optimiser, and how many micro-batches a step has;
-    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, among them the last, which comes first in the backward pass and so
-    finds all activations there; tokens: sequences of a micro-batch, tokens of a sequence.
+    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, among them the last,
+    which comes first in the backward pass, with all activations there; tokens: sequences, tokens of each.
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
     class Tracker(MemTracker):
-        """Without statistics by module, which allow a module one forward pass only."""
-        def no_statistics(self, *args):
+        parts, micro_batch = {}, 0
+
+        def _update_peak_stats(self, state):
+            part, now = (self.micro_batch, self._mod_tracker.is_bw, self._in_opt), self._curr_mem_snap[device]
+            if now["Total"] > self.parts.get(part, now)["Total"] or part not in self.parts:
+                self.parts[part] = dict(now)
+
+        def nothing(self, *args):  # its statistics by module allow one forward pass only
             pass
 
-        _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = no_statistics
+        _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = nothing
 
-    tracker, cpu = Tracker(), torch.Generator()
+    tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         model, opt, micro_batches = build(blocks)
@@ -59,14 +65,15 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
         def batches():
             while True:
                 gradients()
-                yield (torch.zeros(tokens, dtype=torch.long, device="meta"),) * 2
+                tracker.micro_batch += 1
+                yield (torch.zeros(tokens, dtype=torch.long, device=device),) * 2
 
         opt.register_step_pre_hook(gradients)
         tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
         with tracker:
             step(model, opt, batches(), micro_batches)
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("meta")]
-    return {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9 for kind, names in KINDS.items()}
+    return {part: {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9 for kind, names in KINDS.items()}
+            for part, peak in tracker.parts.items()}
 
 
 def between(a: dict, b: dict, share: float) -> dict[str, float]:
@@ -75,12 +82,14 @@ def between(a: dict, b: dict, share: float) -> dict[str, float]:
 
 
 def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[str, float]:
-    """`simulate` for any number of blocks, of which each is due in one of `gap` steps; early on, two are."""
+    """The fullest part of a step of any number of blocks. Each is due in one of `gap` steps; early on, two are."""
     due = max(2, -(-blocks // gap))
-    if blocks <= due + 1:
-        return simulate(build, step, blocks, due, tokens)
-    few, more = (simulate(build, step, n, due, tokens) for n in (due, due + 1))
-    return between(few, more, blocks - due)
+    few = min(due, blocks)
+    parts = simulate(build, step, few, due, tokens)
+    if few < blocks:
+        more = simulate(build, step, few + 1, due, tokens)
+        parts = {part: between(parts[part], more[part], blocks - few) for part in parts}
+    return max(parts.values(), key=lambda table: sum(table.values()))
 
 
 def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) -> tuple[int, bool, dict]:
