@@ -2941,7 +2941,7 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
     output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", *changes.split())
     assert code == 0, output
     for line in ("steps was 4 and is 8 from here on", "lr was 0.005 and is 0.001", "batch_size was 2 and is 1", "grad_clipping was 0.0 and is 0.5",
-                 "keep was 9 and is 2", "the run had momentum_of_2031, which this version of train.py does not know", "4 micro-batch(es) on 1 process"):  # fmt: skip
+                 "keep was 9 and is 2", "the run had momentum_of_2031, which this version of train.py does not know", "4 micro-batch(es) per step"):  # fmt: skip
         assert line in output
     lines = log_of_any(tmp_path / "run")
     assert sum("args" in line for line in lines) == 2 and lines[-1]["val_tokens"] == 128
@@ -3253,7 +3253,7 @@ def test_the_plan_is_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**7, 10**7))
     output, code = run_here(monkeypatch, tmp_path, capsys, *words, "--device", "cuda")
-    assert code == 2 and "and cuda has 0.0 GB for it: take a lower --rank" in output
+    assert code == 2 and "cuda has 0.0: take a lower --rank" in output
     monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
     output, code = run_here(monkeypatch, tmp_path, capsys, *words[:-2], "--device", "cuda")
     assert code == 2 and "no step can be simulated here" in output and "give --batch_size" in output

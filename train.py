@@ -1,21 +1,21 @@
 """Pre-train a LLaMA, with GaLore or without.
 
     python train.py --size toy --data python --galore --rank 64           # two minutes on a CPU, no download
-    python train.py --size 60m --galore --rank 128 --data DIR             # C4's shards in DIR, or your own text
+    python train.py --size 60m --galore --rank 128 --data DIR             # C4's shards in DIR, or your text
     python train.py --size 7b --galore --rank 1024                        # C4 as it goes; one 24 GB GPU
     python train.py --size 7b --galore --rank 1024 --plan                 # what that takes, without taking it
     torchrun --nproc_per_node=2 train.py --size 1b --galore --rank 512    # exchanges rank-r gradients
 
-Without --galore the same loop is full-rank AdamW, and with --state_bits 8, 8-bit Adam. What is not typed comes
-from the paper's recipe for the size (GaLore, arXiv 2403.03507, table 5 and section 5). `--size 7b --help` shows
-7b's values.
+Without --galore the same loop is full-rank AdamW, and with --state_bits 8, 8-bit Adam. What is not typed
+comes from the paper's recipe for the size (GaLore, arXiv 2403.03507, table 5 and section 5).
+`--size 7b --help` shows 7b's values.
 
 A run lives in --out_dir: log.jsonl and checkpoint-STEP.pt (plumbing/files.py). Ctrl-C, SIGTERM and a closed
-terminal save and leave. --resume --out_dir DIR goes on from the newest checkpoint, with the run's arguments and
-any number of processes. The losses are the same: bit for bit on a CPU with as many processes.
+terminal save and leave. --resume --out_dir DIR goes on from the newest checkpoint, with the run's arguments
+and any number of processes. The losses are the same: bit for bit on a CPU with as many processes.
 
-Left out on purpose: mixed precision (weights, gradients and activations have one dtype, as in the paper), early
-stopping, sweeps, trackers.
+Left out on purpose: mixed precision (weights, gradients and activations have one dtype, as in the paper),
+early stopping, sweeps, trackers.
 """
 import argparse
 import math
@@ -47,9 +47,10 @@ from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, hig
                             read_checkpoint, save, seal, world)
 from plumbing.hf import read_config
 
-# The paper's tables 2 and 5, for 7B section 5.2; 512 sequences of 256 are its batch. muon: measured at toy size.
-PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, steps=10_000, update_proj_gap=200,
-             state_bits=32, eval_tokens=10_000_000, lr=dict(adam=0.01, muon=0.02, full=0.001))
+# The paper's tables 2 and 5, for 7B section 5.2; its batch is 512 x 256. muon: measured at toy size only.
+PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, steps=10_000, rank=None,
+             update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
+             lr=dict(adam=0.01, muon=0.02, full=0.001))
 LARGE = dict(adam=0.01, muon=0.02, full=0.0005)
 RECIPES = {  # a size that is not here has the paper's common values, and a quarter of its width as rank
     "toy": dict(data="python", tokenizer="bytes", seq_len=128, total_batch_size=8, steps=600, rank=64,
@@ -94,8 +95,9 @@ def number(kind, least: float, most: float = 1e18):
 
 def arguments() -> argparse.ArgumentParser:
     """All options, with no defaults yet, and without --help, which shows them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False,
-                                     usage="python train.py [options]   (--help explains them)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False,
+        usage="python train.py [options]   (--help explains them)")
     add, count, rate = parser.add_argument, number(int, 1), number(float, 1e-18)
     one = parser.add_mutually_exclusive_group()
     # model
@@ -123,12 +125,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--warmup_steps", type=number(int, 0), help="of linear warm-up")
     add("--min_lr_ratio", type=number(float, 0, 1), help="the cosine ends at this share of --lr")
     add("--weight_decay", type=number(float, 0), help="decoupled, of all but norms")
-    add("--grad_clipping", type=number(float, 0), help="most of the projected gradients' norm; 0: no clipping")
+    add("--grad_clipping", type=number(float, 0), help="of the projected gradients' norm; 0: none")
     # length and batch
     add("--steps", type=count, help="of the whole run")
     add("--total_batch_size", type=count, help="sequences per step, over micro-batches and processes")
     add("--batch_size", type=count, help="sequences per micro-batch (default: the most that fits)")
-    add("--activation_checkpointing", action=switch, help="activations twice (default: if nothing fits without)")
+    add("--activation_checkpointing", action=switch,
+        help="compute activations again in the backward pass (default: where nothing fits without)")
     add("--compile", action=switch, help="torch.compile, block by block")
     # run
     add("--eval_every", type=count, help="steps")
@@ -157,22 +160,23 @@ def defaults(said: argparse.Namespace) -> dict:
     gpu = (said.device or devices()[0]).startswith("cuda")
     if data == "python":
         recipe["tokenizer"] = "bytes"
-    if said.galore:
-        direction = said.direction or "adam"
-        recipe |= dict(direction=direction, galore_scale=0.25, lr=rates.get(direction, rates["adam"]))
-    else:
-        recipe |= dict(rank=None, update_proj_gap=None, lr=rates["full"])
+    direction = said.direction or "adam"
+    if not said.galore:
+        direction = None
+        recipe |= dict(rank=None, update_proj_gap=None, galore_scale=None)
+    narrow = size != "toy" and (gpu or said.plan and not said.device)
     return recipe | dict(
-        size=size, dtype="bfloat16" if size != "toy" and (gpu or said.plan and not said.device) else "float32",
-        data=data, data_url=C4_URL, keep_shards=0, galore=False, exact=False, layerwise=not said.exact,
+        size=size, dtype="bfloat16" if narrow else "float32", direction=direction,
+        lr=rates.get(direction or "full", rates["adam"]), data=data, data_url=C4_URL, keep_shards=0,
+        galore=False, exact=False, layerwise=not said.exact,
         warmup_steps=steps // 10, min_lr_ratio=0.1, weight_decay=0.0, grad_clipping=0.0, compile=gpu, keep=1,
         eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000), seed=0, device=devices()[0],
         sample="def " if data == "python" else "The")
 
 
 def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, shape and checkpoint: the recipe, over it the checkpoint, over it what was typed. SystemExit or
-    ValueError for what cannot be honoured."""
+    """Arguments, shape and checkpoint: the recipe, over it the checkpoint, over it what was typed. SystemExit
+    or ValueError for what cannot be honoured."""
     parser, checkpoint, old = arguments(), None, {}
     typed, _ = parser.parse_known_args(words)
     if typed.resume:
@@ -213,13 +217,13 @@ def refusals(args, typed, config: Config, checkpoint: dict | None) -> list[tuple
     at_once, taken = (args.batch_size or 1) * world(), checkpoint["step"] if checkpoint else 0
     return [
         (new_init and typed.vocab_size, "--init brings its vocabulary along: leave --vocab_size out"),
-        (new_init and any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer, which is not read. "
-         "If --tokenizer gives the same ids, copy config.json and the weights to another folder"),
+        (new_init and any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer, which is not "
+         "read. If --tokenizer gives the same ids, copy config.json and the weights to another folder"),
         *((getattr(typed, k) and not args.galore, f"--{k} has no effect without --galore")
           for k in ("rank", "update_proj_gap", "galore_scale", "direction", "exact")),
-        (args.exact and args.direction != "adam", "--exact is the paper to the letter: leave --direction out"),
-        (args.exact and args.layerwise, "--exact takes an SVD of full gradients, which --layerwise never forms: "
-         "leave one of the two out"),
+        (args.exact and args.direction != "adam", "--exact is the paper to the letter: drop --direction"),
+        (args.exact and args.layerwise,
+         "--exact takes an SVD of full gradients, which --layerwise never forms: leave one of the two out"),
         (args.galore and args.rank >= short,
          f"--rank {args.rank} must be below {short}, the shortest side of the model's matrices"),
         (typed.data_url and args.data != "c4", f"--data_url has no effect with --data {args.data}"),
@@ -250,31 +254,31 @@ def tell(line: str) -> None:
 
 # ----- memory, before any of it is taken --------------------------------------------------------------------
 
-def plan(args: argparse.Namespace, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict:
+def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict[str, float]:
     """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
     def build(blocks):
         few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
         few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
-        few, model = argparse.Namespace(**few), Llama(replace(config, num_hidden_layers=blocks), "meta", dtype)
+        few = argparse.Namespace(**few)
+        model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
         return model, prepare(model, few), accumulation(few)
 
-    dtype, blocks = getattr(torch, args.dtype), config.num_hidden_layers
+    blocks = config.num_hidden_layers
     return run(build, training_step, blocks, args.update_proj_gap or blocks, (batch_size, args.seq_len))
 
 
 def fit(args: argparse.Namespace, config: Config) -> None:
-    """Sets micro-batch and checkpointing where that was not done: on a GPU, and for --plan, by simulating steps.
-    ValueError if the run does not fit. A CPU gets no more than 8,192 tokens at once, and no simulation."""
+    """Sets micro-batch and checkpointing where that was not done: on a GPU, and for --plan, by simulating
+    steps. ValueError if the run does not fit. A CPU gets at most 8,192 tokens at once, and no simulation."""
     gpu = args.device.startswith("cuda")
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most] or [1]
     sizes = [args.batch_size] if args.batch_size else sizes
     ways = [False, True] if args.activation_checkpointing is None else [args.activation_checkpointing]
-    years = (6 * Llama(config, "meta").num_parameters() * args.steps * args.total_batch_size * args.seq_len
-             / 1e11 / 3.15e7)
-    refuse([(args.card and not args.plan and years > 1, "no GPU was found, and on a CPU this run would take about "
-             f"{years:,.0f} years: run it where torch sees a GPU, take a smaller --size or fewer --steps, or say "
-             "--device cpu (--plan shows the memory)")])
+    tokens = args.steps * args.total_batch_size * args.seq_len
+    years = 6 * Llama(config, "meta").num_parameters() * tokens / 1e11 / 3.15e7
+    refuse([(args.card and not args.plan and years > 1, "no GPU was found, and on a CPU this run would take "
+             f"about {years:,.0f} years: take a GPU, a smaller --size, fewer --steps, or say --device cpu")])
     args.batch_size, args.activation_checkpointing = sizes[-1], ways[0]
     if not (gpu or args.plan):
         return
@@ -289,11 +293,11 @@ def fit(args: argparse.Namespace, config: Config) -> None:
         refuse([(args.plan or len(sizes) > 1, f"{why}: give --batch_size, and do without --plan")])
         return tell(why)
     need = sum(table.values())
-    refuse([(need >= free and not args.plan, f"this run needs {need:.1f} GB and {args.device} has {free:.1f} GB for "
-             "it: take a lower --rank, --state_bits 8, --activation_checkpointing, or a smaller --size")])
+    refuse([(need >= free and not args.plan, f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: "
+             "take a lower --rank, --state_bits 8, --activation_checkpointing, or a smaller --size")])
     tell("\n".join(f"{kind:<12}{size:9.3f} GB" for kind, size in table.items()))
-    tell(f"--batch_size {args.batch_size}, --{'no-' * (not args.activation_checkpointing)}activation_checkpointing; "
-         f"{'a 24 GB card' if args.card else args.device} has {free:.2f} GB"
+    no, where = "" if args.activation_checkpointing else "no-", "a 24 GB card" if args.card else args.device
+    tell(f"--batch_size {args.batch_size}, --{no}activation_checkpointing; {where} has {free:.2f} GB"
          f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
 
 
@@ -308,8 +312,8 @@ def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
 
 
 def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> GaLoreAdamW:
-    """The optimiser, and the model made ready for it. Both go on from `checkpoint`. The lr of a group, args.lr
-    unless it brings its own, is its peak. ValueError for the checkpoint of another model or optimiser."""
+    """The optimiser, and the model made ready for it. Both go on from `checkpoint`. The lr of a group is its
+    peak: args.lr, unless it brings its own. ValueError for the checkpoint of another model or optimiser."""
     model.activation_checkpointing = args.activation_checkpointing
     groups = [dict(params=list(model.parameters()))]
     if args.galore:
@@ -317,8 +321,8 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     # The last group: embedding, head and norms; without GaLore all. Norms do not decay.
     groups += [dict(params=p, weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
     opt = GaLoreAdamW(groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits,
-                      max_norm=args.grad_clipping or None, exact=args.exact, compile=args.compile, seed=args.seed,
-                      muon=args.direction == "muon")
+                      max_norm=args.grad_clipping or None, exact=args.exact, compile=args.compile,
+                      seed=args.seed, muon=args.direction == "muon")
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
@@ -328,7 +332,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
             block.compile(fullgraph=True, dynamic=False)
     if checkpoint:
         refuse([(seal(model.state_dict()) != seal(checkpoint["model"]),
-                 f"the run in {args.out_dir} has other weights than this model.py makes: go back to that one")])
+                 f"the run in {args.out_dir} has other weights than this model.py makes: go back")])
         model.load_state_dict(checkpoint.pop("model"))  # pop: a live tensor of the file keeps it on the disk
         groups = [group | dict(t=checkpoint["step"]) for group in opt.state_dict()["param_groups"]]
         opt.load_state_dict(checkpoint.pop("optimizer") | dict(param_groups=groups))  # options as said now
@@ -342,7 +346,7 @@ def accumulation(args: argparse.Namespace) -> int:
 
 
 def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
-    """A step on `accumulate` micro-batches (x, y). Their mean loss stays on the device: nothing waits for it."""
+    """A step on `accumulate` micro-batches (x, y). Their mean loss stays on the device: nothing waits."""
     device, total = model.lm_head.weight.device, 0.0
     for _ in range(accumulate):
         x, y = next(batches)
@@ -379,7 +383,8 @@ def most_memory(device: str) -> float:
     """GB at the fullest moment so far: of tensors on a GPU, or of the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> tuple:
@@ -387,7 +392,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     newest checkpoint, and the validation of the end, None if it was not reached."""
     past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
-    saved, due, streak, told = step if checkpoint else -1, False, 0, 0.0  # step 0 is saved, too: to resume from
+    saved, due, streak, told = step if checkpoint else -1, False, 0, 0.0  # step 0 is saved, too
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
     start, began, brake.idle = step, time.perf_counter(), False
 
@@ -430,8 +435,8 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             log.write(line)
             if step == args.steps or now - told > min(600, 5 + (now - began) / 10):
                 told, left = now, tqdm.format_interval((now - began) / (step - start) * (args.steps - step))
-                tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, {} left, "
-                     "{skipped} steps skipped".format(args.steps, left, **line))
+                tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
+                     "{skipped} steps skipped, {} left".format(args.steps, left, **line))
             if streak > PATIENCE:
                 brake.problem = (f"the gradients of {streak} steps in a row were not finite "
                                  "(in the data, or a learning rate too high)")
@@ -451,13 +456,13 @@ def say_the_end(model: Llama, args, tokenizer, step: int, saved: int, scores: di
     """The validation and a sample; or how to go on."""
     if not scores:
         start = "torchrun (as before)" if world() > 1 else "python"
-        return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {start} train.py "
-                    f"--resume --out_dir {args.out_dir}")
-    tell("validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} bits "
-         "per byte, on {val_tokens:,} tokens".format(**scores))
+        return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: {start} "
+                    f"train.py --resume --out_dir {args.out_dir}")
+    tell("validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} "
+         "bits per byte, on {val_tokens:,} tokens".format(**scores))
     if math.isfinite(scores["val_loss"]) and RANK == 0:
         prompt = torch.tensor([tokenizer.encode(args.sample).tolist()] * 3, device=args.device)
-        length = max(16, min(200, args.seq_len - prompt.size(1)))  # beyond the trained positions text falls apart
+        length = max(16, min(200, args.seq_len - prompt.size(1)))  # the positions seen in training
         draw = torch.Generator(prompt.device).manual_seed(args.seed)
         texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)
         tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
@@ -489,10 +494,10 @@ def begin() -> tuple:
     refuse([
         (not args.resume and RANK == 0 and holds_a_run(Path(args.out_dir)),
          f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir"),
-        (highest(same) + highest(-same), "the processes do not agree: start all with the same arguments; with "
-         "--resume all must find the same checkpoint in --out_dir, a folder that they share or a copy"),
-        (tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that of "
-         f"tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: take "
+        (highest(same) + highest(-same), "the processes do not agree: start all with the same arguments, and "
+         "--resume from the same checkpoint, in a folder that they share or a copy of it"),
+        (tokenizer.n_vocab > config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than that "
+         f"of tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: take "
          f"{'' if args.init else 'a larger --vocab_size or '}another --tokenizer")])
     where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
     place = checkpoint and checkpoint["data"]
@@ -512,7 +517,8 @@ def begin() -> tuple:
         start = checkpoint["step"] if checkpoint else 0
         log.write(dict(step=start, args=vars(args), versions=versions, parameters=model.num_parameters()))
     tell(", ".join(f"{k} {v}" for k, v in vars(args).items() if v is not None))
-    tell(f"{model.num_parameters():,} parameters; {accumulation(args)} micro-batch(es) on {world()} process(es)")
+    tell(f"{model.num_parameters():,} parameters, {accumulation(args)} micro-batch(es) per step, "
+         f"{world()} process(es)")
     return model, opt, args, checkpoint, tokenizer, stream, val, log
 
 

@@ -3,9 +3,9 @@
     OUT_DIR/checkpoint-STEP.pt   weights, optimiser, arguments, place in the data; sealed
     OUT_DIR/log.jsonl            all arguments and versions, then a line per step
 
-A checkpoint is written beside its name and renamed, so that a kill at any moment leaves a whole one. Its seal is
-a checksum of names, values, shapes and types; the values of tensors have the file's own. A resumed run cuts off
-the log behind its checkpoint. A full disk ends nothing: lines wait in memory, the next save tries again.
+A checkpoint is written beside its name and renamed: a kill at any moment leaves a whole one. Its seal is a
+checksum of all but the values of tensors, for which the file has its own. A resumed run cuts off the log
+behind its checkpoint. A full disk ends nothing: lines wait in memory, the next save tries again.
 
 Left out on purpose: Windows (fcntl), checkpoints in several files.
 """
@@ -34,8 +34,8 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 # ----- checkpoints ------------------------------------------------------------------------------------------
 
 def save(folder: Path, keep: int, **what) -> bool:
-    """Writes checkpoint-STEP.pt, without a copy of its tensors, and deletes all but the `keep` newest. False, and
-    a line to the user, if the disk does not take it."""
+    """Writes checkpoint-STEP.pt without a copy of its tensors, and deletes all but the `keep` newest. False,
+    and a line to the user, if the disk does not take it."""
     part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,16 +69,16 @@ def read_checkpoint(folder: Path) -> dict:
     """The newest one; its tensors stay on disk until they are used. ValueError if there is no whole one."""
     *older, path = checkpoints(folder) or [None]
     if path is None:
-        raise ValueError(f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start there")
+        raise ValueError(f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint):
             raise ValueError
         return checkpoint
     except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
-        instead = f"delete it to go on from {older[-1].name}" if older else "take another --out_dir to start anew"
-        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, or is no "
-                         f"checkpoint of this version; {instead}") from None
+        instead = f"delete it to go on from {older[-1].name}" if older else "take another --out_dir"
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, or "
+                         f"is no checkpoint of this version; {instead}") from None
 
 
 # ----- the folder and its log -------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def free_folder(name: str) -> str:
 
 
 def lock(folder: Path) -> int:
-    """Makes the folder, and keeps other runs out until the number returned is closed. ValueError if one is in."""
+    """Makes the folder, and keeps other runs out until what it returns is closed. ValueError if one is in."""
     folder.mkdir(parents=True, exist_ok=True)
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -110,7 +110,7 @@ def lock(folder: Path) -> int:
 
 
 class Log:
-    """log.jsonl, of the first process. kept: how many lines of an earlier log stay; lines: how many there are."""
+    """log.jsonl, of the first process. kept: so many lines of an earlier log stay; lines: it has so many."""
 
     def __init__(self, folder: Path, kept: int):
         self.path, self.waiting, self.lines = folder / "log.jsonl", [], 0
@@ -148,8 +148,8 @@ class Log:
             self.waiting = []
         except OSError as error:
             if len(self.waiting) == 1:
-                tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints are "
-                     "not written, until they can be")
+                tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints "
+                     "are not written, until they can be")
         return not self.waiting
 
     def close(self):

@@ -1,12 +1,12 @@
 """How much memory does a training step take? The step itself, run on tensors that have no memory.
 
-Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker sees
-each tensor come and go: weights, state, accumulators, activations, temporaries. The plan follows whatever the
-model and the optimiser do, in code that is changed, too. The step is a late one, so that every state is there,
-with a first, a middle and a last micro-batch. In it as many blocks are due for a refresh as in the fullest.
+Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker
+sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. The
+step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
+blocks are due for a refresh as in the fullest step.
 
-The peak is linear in the number of equal blocks and in the micro-batch. So a few blocks stand for all, and two
-micro-batches for all sizes. The second holds from a whole chunk of the loss on; below, each size is simulated.
+The peak of each part of a step is linear in the number of equal blocks: two models of few blocks tell of all.
+It is linear in the micro-batch, too, from a whole chunk of the loss on. Smaller ones are simulated.
 
 Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes less than this.
 """
@@ -19,7 +19,7 @@ KINDS = {"weights": ("Parameter", "Buffer"), "state": ("Other",), "gradients": (
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The fused kernel, which saves q, k, v and one number per row. On meta tensors torch takes a slow path."""
+    """The fused kernel. For meta tensors torch would take its slow one, which keeps a T x T matrix."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 
@@ -28,8 +28,8 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
     """GB by kind at the fullest moment of each part of a step: a forward pass, a backward pass, opt.step().
 
     build(blocks): model with so many blocks, on "meta", its optimiser, and how many micro-batches a step has;
-    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, among them the last,
-    which comes first in the backward pass, with all activations there; tokens: sequences, tokens of each.
+    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, one of them the
+    last, whose backward pass comes first, with all activations there; tokens: sequences, tokens of each.
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
@@ -72,8 +72,8 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
         tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
         with tracker:
             step(model, opt, batches(), micro_batches)
-    return {part: {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9 for kind, names in KINDS.items()}
-            for part, peak in tracker.parts.items()}
+    return {part: {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9
+                   for kind, names in KINDS.items()} for part, peak in tracker.parts.items()}
 
 
 def between(a: dict, b: dict, share: float) -> dict[str, float]:
@@ -82,7 +82,7 @@ def between(a: dict, b: dict, share: float) -> dict[str, float]:
 
 
 def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[str, float]:
-    """The fullest part of a step of any number of blocks. Each is due in one of `gap` steps; early on, two are."""
+    """The fullest part of a step of any number of blocks. Each is due once in `gap` steps; early on, two."""
     due = max(2, -(-blocks // gap))
     few = min(due, blocks)
     parts = simulate(build, step, few, due, tokens)
@@ -93,8 +93,8 @@ def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[st
 
 
 def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) -> tuple[int, bool, dict]:
-    """Micro-batch, way and GB by kind: the first way in which anything fits, the largest size that fits in it.
-    If nothing does, the smallest.
+    """Micro-batch, way and GB by kind: the first way in which anything fits, and the largest size that fits
+    in it; the smallest if none does.
 
     peak(size, way): GB by kind; sizes: rising; free: GB; whole: the size from which on the peak is linear.
     """
