@@ -147,7 +147,7 @@ class Log:
                     raise
             self.waiting = []
         except OSError as error:
-            if len(self.waiting) == 1:
+            if line and len(self.waiting) == 1:
                 tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints "
                      "are not written, until they can be")
         return not self.waiting
