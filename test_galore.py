@@ -3106,7 +3106,7 @@ def test_the_batch_is_split_anew_for_other_processes(monkeypatch, unbroken):
 @pytest.mark.parametrize("words, expected", [
     ("--size 7b --galore", dict(lr=0.005, rank=1024, update_proj_gap=500, state_bits=8, steps=150_000, tokenizer="gpt2")),
     ("--size 7b --galore --direction muon", dict(lr=0.01, rank=1024, direction="muon")),
-    ("--size 1b", dict(lr=0.0005, rank=None, layerwise=True)),
+    ("--size 1b", dict(lr=0.0005, rank=512, layerwise=True)),
     ("--size toy --galore --exact", dict(lr=0.005, layerwise=False, tokenizer="bytes", sample="def ", warmup_steps=60)),
     ("--size new --galore", dict(lr=0.01, rank=48, update_proj_gap=200, galore_scale=0.25, total_batch_size=512)),
 ])  # fmt: skip
@@ -3217,6 +3217,18 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step():
 
     how = args, config, 4, False
     assert sum(train.plan(*how).values()) == pytest.approx(train.plan(*how, run=real)["peak"], rel=0.01)
+
+
+def test_a_plan_among_processes_exchanges_nothing():
+    """With torch.distributed initialised the simulated step is that of one process: it sends no tensor."""
+    args, config = settled(PLAN.format("toy", 64) + " --batch_size 1 --total_batch_size 1")
+    config.num_hidden_layers = 2
+    alone = train.plan(args, config, 1, False)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert train.plan(args, config, 1, False) == alone
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def peaks(size, way):

@@ -48,7 +48,7 @@ from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, hig
 from plumbing.hf import read_config
 
 # The paper's tables 2 and 5, for 7B section 5.2; its batch is 512 x 256. muon: measured at toy size only.
-PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, steps=10_000, rank=None,
+PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, steps=10_000,
              update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
              lr=dict(adam=0.01, muon=0.02, full=0.001))
 LARGE = dict(adam=0.01, muon=0.02, full=0.0005)
@@ -160,17 +160,13 @@ def defaults(said: argparse.Namespace) -> dict:
     gpu = (said.device or devices()[0]).startswith("cuda")
     if data == "python":
         recipe["tokenizer"] = "bytes"
-    direction = said.direction or "adam"
-    if not said.galore:
-        direction = None
-        recipe |= dict(rank=None, update_proj_gap=None, galore_scale=None)
+    rate = rates.get(said.direction, rates["adam"]) if said.galore else rates["full"]
     narrow = size != "toy" and (gpu or said.plan and not said.device)
     return recipe | dict(
-        size=size, dtype="bfloat16" if narrow else "float32", direction=direction,
-        lr=rates.get(direction or "full", rates["adam"]), data=data, data_url=C4_URL, keep_shards=0,
-        galore=False, exact=False, layerwise=not said.exact,
-        warmup_steps=steps // 10, min_lr_ratio=0.1, weight_decay=0.0, grad_clipping=0.0, compile=gpu, keep=1,
-        eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000), seed=0, device=devices()[0],
+        size=size, dtype="bfloat16" if narrow else "float32", data=data, data_url=C4_URL, keep_shards=0,
+        galore=False, direction="adam", exact=False, layerwise=not said.exact, lr=rate, weight_decay=0.0,
+        warmup_steps=steps // 10, min_lr_ratio=0.1, grad_clipping=0.0, compile=gpu, seed=0, keep=1,
+        eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000), device=devices()[0],
         sample="def " if data == "python" else "The")
 
 
@@ -263,8 +259,8 @@ def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.
         model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
         return model, prepare(model, few), accumulation(few)
 
-    blocks = config.num_hidden_layers
-    return run(build, training_step, blocks, args.update_proj_gap or blocks, (batch_size, args.seq_len))
+    tokens = batch_size, args.seq_len
+    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens)
 
 
 def fit(args: argparse.Namespace, config: Config) -> None:

@@ -48,6 +48,7 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
 
     tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
+          mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         model, opt, micro_batches = build(blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
