@@ -54,7 +54,7 @@ import model as model_file
 import train
 from galore import Exact, GaLoreAdamW, orthonormal, param_groups, refresh, rotate
 from model import SIZES, Config, Llama, cross_entropy
-from plumbing import shards
+from plumbing import files, memory, shards
 from thin import thin
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose tenfold on a busy machine
@@ -2251,27 +2251,23 @@ def unbroken(tmp_path_factory, tokens):
 
 
 def test_the_documented_command_learns(unbroken):
-    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log
-    and checkpoint."""
+    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log and checkpoint."""
     folder, output = unbroken
-    for word in ("parameters", "full-rank AdamW", "M, V of the matrices", "512 tokens", "perplexity", "bits a byte", "sample:\ndef "):
+    for word in ("rank 64", "1,894,080 parameters", "step 24/24: loss", "perplexity", "bits per byte", "sample:\ndef "):
         assert word in output
-    log, whole = log_of(folder), [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:-1]
-    for line in whole:
-        seconds = line["seconds"]
-        assert line.keys() == {"step", "tokens", "lr", "loss", "grad_norm", "skipped", "tokens_per_s", "memory_gb", "seconds"}
-        assert line["tokens"] == 512 * line["step"] and line["grad_norm"] > 0 == line["skipped"] and 0.1 < line["memory_gb"] < 2
-        assert math.isclose(sum(seconds.values()), 512 / line["tokens_per_s"], rel_tol=0.05) and min(seconds["model"], seconds["optimiser"]) > 0
-    assert [line["step"] for line in whole if line["seconds"]["refresh"]] == [*range(2, 10), 13]  # early two of four blocks, then one every T / 4 = 12.5
+    log = log_of(folder)
+    for line in log_of_any(folder)[1:-1]:
+        assert line.keys() == {"step", "tokens", "lr", "loss", "grad_norm", "skipped", "tokens_per_s", "memory_gb"}
+        assert line["tokens"] == 512 * line["step"] and line["grad_norm"] > 0 == line["skipped"]
+        assert 0.1 < line["memory_gb"] < 2 and 100 < line["tokens_per_s"] < 1e6
     assert [line["step"] for line in log] == [*range(1, 25), 24]
     assert log[0]["loss"] > 5 and log[-1]["val_loss"] < 3.7
     assert math.isclose(log[-1]["bits_per_byte"], log[-1]["val_loss"] / math.log(2), rel_tol=0.01)  # a token is a byte
 
 
 def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, tokens, monkeypatch, capsys):
-    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from
-    their checkpoint, and ends at the weights and losses of one that was never disturbed, to the last bit; its
-    validation losses are those of two processes."""
+    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from their checkpoint, and ends at the
+    weights and losses of one that was never disturbed, to the last bit; its validation losses are those of two processes."""
     common = [*SHORT, *"--galore --lr 0.01 --update_proj_gap 7 --eval_every 8 --batch_size 4 --state_bits 8 --grad_clipping 1 --data_dir".split(), tokens]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(HERE / "train.py")]
     out = tmp_path / "out" / "toy-galore-r64-8bit"
@@ -2283,7 +2279,7 @@ def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, tokens, monkeypatch
         process.communicate(timeout=30)
         assert process.returncode == 1
     output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", out)
-    assert code == 0 and "processes was 2 and is 1 from here on" in output, output
+    assert code == 0, output
     (tmp_path / "one").mkdir()
     output, code = run_here(monkeypatch, tmp_path / "one", capsys, *common)
     assert code == 0, output
@@ -2310,16 +2306,17 @@ def run_here(monkeypatch, tmp_path, capsys, *options):
 
 
 WRONG = {
-    "--size 9b": "no size '9b'; there are toy, 60m",
+    "--size 9b": "argument --size: invalid choice: '9b'",
     "--rank 8": "--rank has no effect without --galore",
     "--update_proj_gap 8": "--update_proj_gap has no effect",
     "--galore_scale 1": "--galore_scale has no effect",
     "--exact": "--exact has no effect",
-    "--muon": "--muon has no effect",
-    "--galore --exact --muon": "--exact is the paper to the letter",
-    "--galore --rank 0": "--rank 0 must be at least 1 and below 192",
-    "--galore --rank -4": "--rank -4 must",
-    "--galore --rank 192": "--rank 192 must be at least 1 and below 192",
+    "--direction muon": "--direction has no effect",
+    "--galore --direction lion": "invalid choice: 'lion'",
+    "--galore --exact --direction muon": "--exact is the paper to the letter",
+    "--galore --rank 0": "--rank: 0 must lie between 1 and",
+    "--galore --rank x": "--rank: invalid int value: 'x'",
+    "--galore --rank 192": "--rank 192 must be below 192",
     "--galore --exact --layerwise": "leave one of the two out",
     "--total_batch_size 9 --batch_size 2": "9 is not a multiple of --batch_size 2",
     "--vocab_size 100": "smaller than that of tokenizer bytes, 257",
@@ -2328,20 +2325,21 @@ WRONG = {
     "--data_url x{} --data python": "no effect with --data python",
     "--data_url x{}": "no effect with --data python",  # which is the toy's default
     "--device gpu": "--device gpu is not there",
-    "--lr inf": "--lr is inf",
-    "--seed -1": "--seed -1 must",
+    "--lr inf": "--lr: inf must lie between",
+    "--lr nan": "--lr: nan must lie between",
+    "--seed -1": "--seed: -1 must lie between 0 and",
     "--sample=": "--sample is empty",
-    "--steps 0": "--steps is 0",
-    "--grad_clipping -1": "--grad_clipping is -1.0",
-    "--warmup_steps 5000": "--warmup_steps 5000 must lie between 0 and --steps 600",
-    "--min_lr_ratio 2": "--min_lr_ratio 2.0 must lie",
-    "--weight_decay -1": "--weight_decay is -1.0, but must be 0 or more",
+    "--steps 0": "--steps: 0 must lie between 1 and",
+    "--grad_clipping -1": "--grad_clipping: -1 must lie between 0 and",
+    "--warmup_steps 5000": "--warmup_steps 5000 is above --steps 600",
+    "--min_lr_ratio 2": "--min_lr_ratio: 2 must lie between 0 and 1",
+    "--weight_decay -1": "--weight_decay: -1 must lie between 0 and",
     "--state_bits 4": "invalid choice",
     "--frobnicate": "unrecognized arguments",
     "--resume": "--resume needs --out_dir",
     "--resume --out_dir empty": "empty holds no checkpoint-STEP.pt",
     "--init nowhere": "does not exist: a Hugging Face checkpoint folder is needed",
-    "--init x --size toy": "leave --size and --vocab_size out",
+    "--init x --size toy": "argument --size: not allowed with argument --init",
     "--size 7b --galore --rank 1024": "no GPU was found, and on a CPU this run would take about",
 }
 
@@ -2362,36 +2360,21 @@ def test_a_sample_that_is_no_text_is_refused(monkeypatch, tmp_path, capsys):
     assert code == 2 and "can't encode character" in output and not (tmp_path / "out").exists()
 
 
-def test_no_memory_names_what_would_fit(monkeypatch, tmp_path, capsys):
-    """A run that does not fit is refused with its bytes, the free bytes, and the settings with which it would
-    fit."""
-    monkeypatch.setattr(train, "free_memory", lambda args: 20.5)
-    output, code = run_here(monkeypatch, tmp_path, capsys, *"--size 7b --galore --rank 1024 --dtype bfloat16 --device cpu --vocab_size 32000".split())
-    assert code == 2 and "this run needs about" in output and "has 20.5 GB for it; with" in output and "it would fit" in output
-
-
 def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkeypatch, tmp_path, capsys):
-    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run
-    code: each is refused."""
+    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run code: each is refused."""
     folder = tmp_path / "run"
     folder.mkdir()
     last = newest(unbroken[0]).name
     for name in ("log.jsonl", last):
         (folder / name).write_bytes((unbroken[0] / name).read_bytes())
-    before = tmp_path / "before"  # a run of a version that knew no --muon
-    before.mkdir()
-    checkpoint = torch.load(folder / last, weights_only=True)
-    del checkpoint["args"]["muon"], checkpoint["seal"]
-    torch.save(checkpoint | dict(seal=train.seal(checkpoint)), before / last)
     for options, words in (
         (["--out_dir", folder, *SHORT], "holds a run already"),
         (["--out_dir", folder, "--resume", "--size", "60m"], "has size toy, not 60m"),
         (["--out_dir", folder, "--resume", "--rank", "32"], "has rank 64, not 32"),
-        (["--out_dir", folder, "--resume", "--muon"], "has muon False, not True"),
-        (["--out_dir", before, "--resume", "--muon"], "has muon False, not True"),
+        (["--out_dir", folder, "--resume", "--direction", "muon"], "has direction adam, not muon"),
         (["--out_dir", folder, "--resume", "--steps", "20"], "has taken 24 steps already"),
         (["--out_dir", folder, "--resume", "--init", "x"], "has init None, not x"),
-        (["--out_dir", folder / "log.jsonl" / "x", "--size", "toy"], "cannot be written"),
+        (["--out_dir", folder / "log.jsonl" / "x", "--size", "toy"], "Not a directory"),
         (["--out_dir", folder, "--resume", "--vocab_size", "512"], "has vocab_size 320, not 512"),
     ):
         output, code = run_here(monkeypatch, tmp_path, capsys, *options)
@@ -2462,9 +2445,8 @@ FEW = "--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_si
 
 @pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("step", "SIGHUP"), ("data", "SIGTERM"), ("validation", "SIGTERM")])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, tmp_path, capsys, tokens):
-    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during
-    validation: the run saves, leaves with 0 and prints the line that goes on; what is resumed ends like a run
-    that was not stopped."""
+    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during validation: the run saves, leaves with 0
+    and prints the line that goes on; what is resumed ends like a run that was not stopped."""
     options = [*FEW, *"--steps 6 --eval_every 3 --save_every 99 --data_dir".split(), tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
@@ -2490,7 +2472,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
 
     with monkeypatch.context() as patch:
         if where == "validation":
-            patch.setattr(train, "evaluate", lambda model, val, args, fetch, show: strike() or strike() or original(model, val, args, fetch, show))
+            patch.setattr(train, "evaluate", lambda *args: strike() or strike() or original(*args))
         else:
             patch.setattr(train, function, struck)
         begun = time.time()
@@ -2504,9 +2486,8 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
 
 
 def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
-    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is
-    written among them. More than 20 in a row end the run with code 1, and the newest checkpoint is from
-    before them; it can be resumed."""
+    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is written among them. More than 20 in a
+    row end the run with code 1, and the newest checkpoint is from before them; it can be resumed."""
     step = train.training_step
     count, bad = [0], {3, *range(9, 99)}
 
@@ -2533,21 +2514,9 @@ def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
     assert log_of(tmp_path / "run")[-2]["skipped"] == 1  # of before
 
 
-def test_validation_without_text_is_told_at_once(monkeypatch, tmp_path, capsys):
-    """Validation on empty documents, which have no bits a byte: a sentence and exit code 2, before step 1."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
-    (tmp_path / "data" / "val.jsonl").write_text('{"text": ""}\n' * 300 + '{"text": "late"}\n' * 300)
-    options = [o for o in FEW if o not in ("--data", "python")]
-    options += "--data data --tokenizer bytes --steps 2 --out_dir run".split()
-    output, code = run_here(monkeypatch, tmp_path, capsys, *options)
-    assert code == 2 and "begins with empty documents" in output
-    assert not (tmp_path / "run").exists()
-
-
 def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, capsys):
-    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name
-    and line; mended, it goes on as if nothing had been."""
+    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name and line; mended, it goes on as if
+    nothing had been."""
     c4_like(tmp_path / "good", shards=3, documents=10)
     c4_like(tmp_path / "bad", shards=3, documents=10)
     shard = tmp_path / "bad" / "c4-train.00001-of-01024.json.gz"
@@ -2566,8 +2535,7 @@ def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, c
 
 
 def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, capsys, tokens):
-    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of
-    another version is said, too."""
+    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of another version is said, too."""
     options = [*FEW, "--data_dir", tokens, "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "4", "--keep", "9", "--save_every", "2")[1] == 0
     (tmp_path / "run" / "checkpoint-00000000.pt").unlink()
@@ -2579,7 +2547,7 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
     output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", *changes.split())
     assert code == 0, output
     for line in ("steps was 4 and is 8 from here on", "lr was 0.005 and is 0.001", "batch_size was 2 and is 1", "grad_clipping was 0.0 and is 0.5",
-                 "keep was 9 and is 2", "the run had momentum_of_2031 7, which this version of train.py does not know", "(4 x 1 x 1 sequences"):  # fmt: skip
+                 "keep was 9 and is 2", "the run had momentum_of_2031, which this version of train.py does not know", "4 micro-batch(es) per step"):  # fmt: skip
         assert line in output
     lines = log_of_any(tmp_path / "run")
     assert sum("args" in line for line in lines) == 2 and lines[-1]["val_tokens"] == 128
@@ -2588,111 +2556,9 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
     assert torch.load(newest(tmp_path / "run"), weights_only=True)["optimizer"]["param_groups"][0]["update_proj_gap"] == 3
 
 
-def test_the_batch_is_split_anew_for_other_processes(monkeypatch, tmp_path):
-    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 8 again on one; a
-    GPU that is not there is told."""
-    one = train.arguments().parse_args([])
-    config = train.settle(one, None)
-    train.fit(config, one, True)
-    checkpoint = dict(args=train.kept(one), config=vars(config), step=5)
-    for processes, sequences in ((2, 4), (1, 8), (8, 1)):
-        monkeypatch.setattr(train, "world", lambda: processes)
-        args = train.arguments().parse_args(["--resume", "--device", "cpu"])
-        train.fit(train.settle(args, checkpoint), args, True)
-        assert args.batch_size == sequences and train.accumulation(args) == 1
-    monkeypatch.setattr(train, "LOCAL_RANK", 3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="no GPU for process 4 of this machine: torchrun --nproc_per_node=2"):
-        train.settle(train.arguments().parse_args([]), None)
-
-
-def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
-    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
-    training goes on; when there is room again, or at the end, all is written, and nothing is missing."""
-    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1"]
-    assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
-    save, saves, waits = torch.save, [], []
-    no_space = OSError(28, "No space left on device")
-
-    def full(what, file):
-        saves.append(what["step"])
-        if what["step"] in (2, 3, 8) and saves.count(8) < 3:
-            file.write(b"half")
-            assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [f"checkpoint-0000000{ {2: 1, 3: 1, 8: 7}[what['step']] }.pt"]
-            raise no_space
-        save(what, file)
-
-    def full_for_the_log(self):
-        if self.waiting and self.waiting[-1]["step"] == 5:
-            with monkeypatch.context() as patch:
-                patch.setattr(train.os, "fsync", lambda _: (_ for _ in ()).throw(no_space))
-                return write(self)
-        return write(self)
-
-    write = train.Log.write
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        patch.setattr(train.Log, "write", full_for_the_log)
-        patch.setattr(train.time, "sleep", waits.append)
-        output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")
-    assert code == 0 and saves == [0, 1, 2, 3, 4, 6, 7, 8, 8, 8] and waits == [60, 60]
-    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 4 and output.count("waiting a minute") == 2
-    assert output.count("log.jsonl could not be written") == 1
-    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")) and log_of(tmp_path / "run") == log_of(tmp_path / "calm")
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-00000008.pt", "log.jsonl"]
-
-
-def test_a_full_disk_at_the_end_is_waited_for(monkeypatch, tmp_path, capsys, tokens):
-    """However long the disk is full, the last checkpoint is not given up: a run that leaves with 0 has it."""
-    save, waits = torch.save, []
-
-    def full(what, file):
-        if what["step"] and len(waits) < 2000:
-            raise OSError(28, "No space left on device")
-        save(what, file)
-
-    monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(train.time, "sleep", waits.append)
-    options = [*FEW, "--steps", "2", "--data_dir", tokens, "--out_dir", "run"]
-    assert run_here(monkeypatch, tmp_path, capsys, *options)[1] == 0
-    assert waits == [60] * 2000 and newest(tmp_path / "run").name == "checkpoint-00000002.pt"
-
-
-@pytest.mark.parametrize("when", ["after a bad step", "no room"])
-def test_asked_to_stop_where_nothing_can_be_saved(when, monkeypatch, tmp_path, capsys, tokens):
-    """Ctrl-C right after a skipped step leaves the checkpoint of before; while it waits for room on the disk
-    it gives up; both say from where to go on."""
-    options = [*FEW, *"--steps 3 --save_every 99 --out_dir run --data_dir".split(), tokens]
-    step, save = train.training_step, torch.save
-
-    def bad(model, opt, batches, accumulate):
-        os.kill(os.getpid(), signal.SIGINT)
-        (model(*next(batches)) * math.nan).backward()
-        opt.step()
-        return torch.tensor(math.nan)
-
-    def full(what, file):
-        if what["step"]:
-            raise OSError(28, "No space left on device")
-        save(what, file)
-
-    with monkeypatch.context() as patch:
-        if when == "no room":
-            patch.setattr(torch, "save", full)
-            patch.setattr(train.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGINT))
-        else:
-            patch.setattr(train, "training_step", bad)
-        output, code = run_here(monkeypatch, tmp_path, capsys, *options)
-    assert code == 0 and [path.name for path in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000000.pt"]
-    assert output.count("waiting a minute") == (when == "no room")
-    if when != "no room":
-        assert "stopped after step 1; to go on from the checkpoint of step 0: python" in output
-
-
 def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, capsys, tokens):
-    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest.
-    Bytes in the log that are no text stay as they are."""
+    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest. Bytes
+    in the log that are no text stay as they are."""
     options = [*FEW, "--data_dir", tokens, "--save_every", "1", "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "1")[1] == 0
     for name in ("checkpoint-best.pt", "checkpoint-00000001-copy.pt"):
@@ -2708,12 +2574,11 @@ def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, c
 
 
 def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
-    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards
-    it may."""
+    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards it may."""
     options = [*FEW, "--steps", "2", "--data_dir", tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")[1] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    locked = train.lock(str(tmp_path / "run"))
+    locked = files.lock(tmp_path / "run")
     output, code = run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run", "--steps", "3")
     assert code == 2 and "another process is training in run" in output
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -2722,8 +2587,7 @@ def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_without_a_terminal_and_without_a_folder(tokens, tmp_path):
-    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last
-    checkpoint is there."""
+    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last checkpoint is there."""
     command = [sys.executable, str(HERE / "train.py"), *FEW, "--steps", "40", "--save_every", "10", "--data_dir", tokens, "--out_dir", str(tmp_path / "run")]
     process = subprocess.Popen(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -2762,114 +2626,118 @@ def test_threads_do_not_spin_for_long(name, value, spins):
     assert f"GOMP_SPINCOUNT = '{spins}'" in says
 
 
-def test_tensorboard(monkeypatch, tmp_path, capsys, tokens):
-    """--tensorboard is refused with the pip line where the package is not installed; else it holds what the
-    log holds."""
+def room(monkeypatch, has_room):
+    """torch.save fails as on a full disk, unless has_room(step). Returns the steps of which a save was tried."""
+    save, tried = torch.save, []
+
+    def full(what, file):
+        tried.append(what["step"])
+        if not has_room(what["step"]):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    return tried
+
+
+def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
+    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
+    training goes on. When there is room again all is written, and nothing is missing."""
+    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1", "--eval_every", "99"]
+    assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
+    write = files.Log.write
+
+    def full_for_the_log(self, line=None):
+        if self.lines < 5 or self.lines > 6:
+            return write(self, line)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")), raising=False)
+            return write(self, line)
+
     with monkeypatch.context() as patch:
-        patch.setattr(train, "find_spec", lambda name: None)
-        output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--tensorboard")
-    assert code == 2 and "pip install tensorboard" in output and not list(tmp_path.iterdir())
-    oracle("tensorboard", "tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    output, code = run_here(monkeypatch, tmp_path, capsys, *FEW, "--tensorboard", "--steps", "3", "--data_dir", tokens, "--out_dir", "run")
-    assert code == 0, output
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    steps = [line for line in log_of_any(tmp_path / "run") if "loss" in line]
-    for name in ("loss", "lr", "grad_norm", "tokens", "skipped"):
-        assert [(e.step, pytest.approx(line[name])) for e, line in zip(events.Scalars(name), steps)] == [(e.step, e.value) for e in events.Scalars(name)]
-    assert len(events.Scalars("val_loss")) == 3 and len(events.Scalars("seconds/refresh")) == 3
+        tried = room(patch, lambda step: step not in (2, 3))
+        patch.setattr(files.Log, "write", full_for_the_log)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")
+    assert code == 0 and tried == [0, 1, 2, 3, 4, 6, 7, 8]  # not 5, whose line the log did not take
+    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 2
+    assert output.count("log.jsonl could not be written") == 1
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "calm"))
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "calm")
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-00000008.pt", "log.jsonl"]
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("size", ["toy", "60m"])
-def test_plan_is_exact_about_weights_and_state(size, bits, monkeypatch, tmp_path, capsys):
-    """--plan's bytes of weights, P and moments are those of a real model and optimiser; its last line is the
-    peak."""
-    options = ["--size", size, "--galore", "--rank", "64", "--state_bits", str(bits), "--vocab_size", "320", "--tokenizer", "bytes"]
-    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--plan", "--device", "cpu")
-    assert not code and output.strip().splitlines()[-1].startswith("peak ") and not list(tmp_path.iterdir())
-    full, with_muon = ([line.split()[-2:] for line in text.splitlines() if line.startswith(("weights", "M, V"))]
-                       for text in (output, run_here(monkeypatch, tmp_path, capsys, *options, "--muon", "--plan", "--device", "cpu")[0]))  # fmt: skip
-    assert full == with_muon  # the column of full-rank AdamW
-    args = train.arguments().parse_args([*options, "--device", "cpu", "--batch_size", "1"])
-    config = train.settle(args, None)
-    table = train.plan(config, args)
-    model = Llama(config)
-    opt = GaLoreAdamW(param_groups(model, 64), state_bits=bits)
-    states = {p: opt.init(p) for p in opt.group}
-    matrices = [s for p, s in states.items() if "P" in s]
-    assert table["weights"] == sum(p.nbytes for p in model.parameters())
-    assert table["P"] == sum(x.nbytes for s in matrices for k, x in s.items() if k[0] == "P")
-    others, moments = [s for s in states.values() if "P" not in s], {"M", "M_scale", "V", "V_root_scale"}
-    for kind, some in (("M, V of the matrices", matrices), ("M, V of embedding, head, norms", others)):
-        assert table[kind] == sum(x.nbytes for s in some for k, x in s.items() if k in moments)
+def test_a_full_disk_at_the_end_is_an_error(monkeypatch, tmp_path, capsys, tokens):
+    """A run that cannot save its last step says so and leaves with code 1; resumed, it takes that step again."""
+    options = [*FEW, *"--steps 3 --save_every 2 --out_dir run --data_dir".split(), tokens]
+    with monkeypatch.context() as patch:
+        room(patch, lambda step: step < 3)
+        output, code = run_here(monkeypatch, tmp_path, capsys, *options)
+    assert code == 1 and output.endswith("train.py: the checkpoint of step 3 could not be written\n")
+    assert newest(tmp_path / "run").name == "checkpoint-00000002.pt"
+    assert run_here(monkeypatch, tmp_path, capsys, "--resume", "--out_dir", "run")[1] == 0
+    assert newest(tmp_path / "run").name == "checkpoint-00000003.pt"
 
 
-@pytest.mark.parametrize("options", ["--size 60m --galore --rank 128 --state_bits 8 --batch_size 1 --total_batch_size 1",
-    "--size 60m --galore --rank 128 --batch_size 8 --total_batch_size 64 --grad_clipping 1 --activation_checkpointing --muon",
-    "--size 60m --no-layerwise --batch_size 8 --total_batch_size 8", "--size 1b --galore --rank 512 --state_bits 8 --batch_size 4 --total_batch_size 4"])  # fmt: skip
-def test_plan_is_the_simulated_peak(options):
-    """--plan's bytes are within 3% of the peak of the real training step on fake tensors
-    (experiments/memory.py)."""
-    folder = str(Path(__file__).parent / "experiments")
-    sys.path.insert(0, folder)
-    import memory
+def test_asked_to_stop_after_a_bad_step(monkeypatch, tmp_path, capsys, tokens):
+    """Ctrl-C right after a skipped step leaves the checkpoint of before, and says from where to go on."""
+    def bad(model, opt, batches, accumulate):
+        os.kill(os.getpid(), signal.SIGINT)
+        (model(*next(batches)) * math.nan).backward()
+        opt.step()
+        return torch.tensor(math.nan)
 
-    sys.path.remove(folder)
-    args, config = memory.settled(options + " --vocab_size 32000 --dtype bfloat16")
-    assert abs(train.peak(config, args) / memory.simulate(args, config, due=True) * 1e9 - 1) < 0.03
-
-
-def test_the_plan_chooses(monkeypatch):
-    """Without --batch_size the largest power of two that fits is taken; checkpointing only where nothing fits
-    without; both are said."""
-
-    def planned(options, gigabytes):
-        monkeypatch.setattr(train, "free_memory", lambda args: gigabytes)
-        args = train.arguments().parse_args([*options.split(), "--galore", "--plan", "--vocab_size", "32000", "--tokenizer", "gpt2"])
-        config = train.settle(args, None)
-        return config, args, train.fit(config, args, False)
-
-    config, args, said = planned("--size 1b", 20.0)
-    assert train.peak(config, args) < 20.0 < train.peak(config, train.with_(args, batch_size=2 * args.batch_size))
-    assert not args.activation_checkpointing and f"--batch_size {args.batch_size}: the largest that divides the batch and fits into 20.0 GB" in said
-    config, args, said = planned("--size 7b", 23.0)
-    assert args.activation_checkpointing and "--activation_checkpointing: the largest" in said and train.peak(config, args) < 23.0
-    config, args, said = planned("--size 7b --no-activation_checkpointing", 23.0)
-    assert not args.activation_checkpointing and args.batch_size == 1 and "--activation_checkpointing" not in said
-    config, args, said = planned("--size 60m --batch_size 4", 24.0)
-    assert args.batch_size == 4 and not said
+    monkeypatch.setattr(train, "training_step", bad)
+    options = [*FEW, *"--steps 3 --save_every 99 --out_dir run --data_dir".split(), tokens]
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options)
+    assert code == 0 and [path.name for path in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000000.pt"]
+    assert "stopped after step 1; to go on from the checkpoint of step 0: python" in output
 
 
-def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, tokens):
-    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager
-    one."""
-    def broken(*args, **options):
-        raise RuntimeError("Cannot find a working triton installation.\nMore about it.")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    options = "--size toy --data python --galore --rank 16 --steps 2 --eval_tokens 256 --device cpu --compile".split()
-    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data_dir", tokens)
-    said = [line for line in output.splitlines() if "torch.compile does not work here" in line]
-    assert code == 0 and len(said) == 1 and "RuntimeError: Cannot find a working triton installation.)" in said[0], output
-
-
-def test_stopwatch():
-    """Refreshing happens inside the optimiser and is not counted twice; what is neither it, nor data, nor
-    optimiser is the model."""
-    spans = [("optimiser", 1.0, 4.0), ("refresh", 2.0, 2.5), ("data", 0.0, 0.25), ("optimiser", 5.0, 6.0), ("step", 0.0, 10.0)]
-    expected = dict(step=10.0, data=0.25, optimiser=3.5, refresh=0.5, model=5.75)
-    assert train.Stopwatch(torch.device("cpu")).seconds(spans) == expected
+def test_the_batch_is_split_anew_for_other_processes(monkeypatch, unbroken):
+    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 1 in each of 8; a GPU
+    that is not there is told."""
+    for processes in (2, 1, 8):
+        monkeypatch.setattr(train, "world", lambda: processes)
+        args, config, _ = train.settle(["--resume", "--device", "cpu", "--out_dir", str(unbroken[0])])
+        train.fit(args, config)
+        assert args.batch_size == 8 // processes and train.accumulation(args) == 1
+    monkeypatch.setattr(train, "LOCAL_RANK", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="no GPU for process 4 of this machine: torchrun --nproc_per_node=2"):
+        train.settle([])
 
 
-@pytest.mark.parametrize("options", ["", "--galore --rank 8", "--galore --rank 8 --muon --state_bits 8"])
+@pytest.mark.parametrize("words, expected", [
+    ("--size 7b --galore", dict(lr=0.005, rank=1024, update_proj_gap=500, state_bits=8, steps=150_000, tokenizer="gpt2")),
+    ("--size 7b --galore --direction muon", dict(lr=0.01, rank=1024, direction="muon")),
+    ("--size 1b", dict(lr=0.0005, rank=512, layerwise=True)),
+    ("--size toy --galore --exact", dict(lr=0.005, layerwise=False, tokenizer="bytes", sample="def ", warmup_steps=60)),
+    ("--size new --galore", dict(lr=0.01, rank=48, update_proj_gap=200, galore_scale=0.25, total_batch_size=512)),
+])  # fmt: skip
+def test_recipes(words, expected, monkeypatch, capsys):
+    """The size's recipe fills in what is not typed, and --help shows it; a size without one has the paper's."""
+    monkeypatch.setitem(SIZES, "new", SIZES["toy"])
+    args, _, _ = train.settle([*words.split(), "--vocab_size", "320"])
+    assert expected.items() <= vars(args).items()
+    assert train.settle([*words.split(), "--vocab_size", "320", "--lr", "3"])[0].lr == 3
+    with pytest.raises(SystemExit):
+        train.settle([*words.split(), "--help"])
+    assert f"peak learning rate (default: {expected['lr']})" in " ".join(capsys.readouterr().out.split())
+
+
+def settled(words):
+    args, config, _ = train.settle([*words.split(), "--device", "cpu"])
+    train.fit(args, config)
+    return args, config
+
+
+@pytest.mark.parametrize("options", ["", "--galore --rank 8", "--galore --rank 8 --direction muon --state_bits 8"])
 def test_weight_decay_is_of_matrices(options):
     """With gradients of zero a step is the decay alone: each matrix times 1 - lr decay, as torch.optim.AdamW,
     each norm as it was. The parameters keep their order, on which their random numbers depend."""
-    options += " --weight_decay 0.5 --lr 0.25 --no-layerwise --device cpu"
-    args = train.arguments().parse_args(options.split())
-    train.fit(train.settle(args, None), args, True)
+    args, _ = settled(options + " --weight_decay 0.5 --lr 0.25 --no-layerwise")
     model = Llama(Config(32, 16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))
     opt = train.prepare(model, args)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -2883,11 +2751,142 @@ def test_weight_decay_is_of_matrices(options):
 
 
 def test_learning_rate_schedule():
-    """Linear to --lr over the warm-up, cosine to min_lr_ratio at the last step."""
-    args = SimpleNamespace(lr=1.0, warmup_steps=10, steps=110, min_lr_ratio=0.1)
-    rates = [train.learning_rate(step, args) for step in range(1, 111)]
+    """Linear to the peak over the warm-up, cosine to min_lr_ratio at the last step, in proportion to the peak."""
+    args = SimpleNamespace(warmup_steps=10, steps=110, min_lr_ratio=0.1)
+    rates = [train.learning_rate(step, args, 1.0) for step in range(1, 111)]
     assert np.allclose(rates[:10], np.arange(1, 11) / 10) and math.isclose(rates[59], 0.55) and math.isclose(rates[-1], 0.1)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    assert np.allclose([train.learning_rate(step, args, 0.5) for step in range(1, 111)], np.array(rates) / 2)
+
+
+def test_a_group_keeps_its_own_rate(monkeypatch, tmp_path, capsys, tokens):
+    """A forker's group with an lr of its own follows the schedule from that, also after resuming."""
+    own = train.param_groups
+    monkeypatch.setattr(train, "param_groups", lambda *args: [group | dict(lr=0.02) for group in own(*args)])
+    options = [*FEW, *"--steps 4 --lr 0.001 --warmup_steps 2 --min_lr_ratio 1 --out_dir run --data_dir".split(), tokens]
+    for more in (options, ["--resume", "--out_dir", "run", "--steps", "5"]):
+        assert run_here(monkeypatch, tmp_path, capsys, *more)[1] == 0
+        groups = torch.load(newest(tmp_path / "run"), weights_only=True)["optimizer"]["param_groups"]
+        assert {(group["lr"], group["rank"]) for group in groups} == {(0.02, 16), (0.001, None)}
+    assert [line["lr"] for line in log_of(tmp_path / "run") if "loss" in line] == [0.0005, *[0.001] * 4]
+
+
+PLAN = "--size {} --galore --rank {} --vocab_size 4096 --tokenizer bytes --dtype bfloat16 --state_bits 8"
+
+
+@pytest.mark.parametrize("options", [
+    "--batch_size 1 --total_batch_size 1 --no-activation_checkpointing",
+    "--batch_size 8 --total_batch_size 64 --activation_checkpointing --grad_clipping 1 --direction muon",
+    "--batch_size 4 --total_batch_size 8 --no-layerwise --no-activation_checkpointing"])  # fmt: skip
+def test_few_blocks_tell_of_all(options):
+    """The plan, from steps of two and three blocks, is within 1% of the step of the whole model. Its weights and
+    its state are those of a real model and optimiser."""
+    args, config = settled(PLAN.format("toy", 64) + " " + options)
+    config.num_hidden_layers = 7
+    how = args, config, args.batch_size, args.activation_checkpointing
+
+    def whole(build, step, blocks, gap, tokens):
+        parts = memory.simulate(build, step, blocks, 2, tokens)
+        return max(parts.values(), key=lambda table: sum(table.values()))
+
+    plan = train.plan(*how)
+    assert sum(plan.values()) == pytest.approx(sum(train.plan(*how, run=whole).values()), rel=0.01)
+    model = Llama(config, dtype=torch.bfloat16)
+    opt = train.prepare(model, args)
+    state = sum(x.nbytes for p in opt.group for x in opt.init(p).values() if torch.is_tensor(x))
+    assert plan["weights"] == pytest.approx(sum(p.nbytes for p in model.parameters()) / 1e9)
+    assert plan["state"] == pytest.approx(state / 1e9, rel=1e-3)
+
+
+def test_the_plan_is_what_a_tracker_sees_of_a_real_step():
+    """MemTracker on real tensors, in the same step, sees the same peak to 1% as on tensors without memory."""
+    args, config = settled(PLAN.format("toy", 64) + " --batch_size 4 --total_batch_size 4 --no-activation_checkpointing")
+
+    def real(build, step, blocks, gap, tokens):
+        class Tracker(MemTracker):
+            def nothing(self, *args):
+                pass
+
+            _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = nothing
+
+        model = Llama(config, dtype=torch.bfloat16)
+        opt, tracker = train.prepare(model, args), Tracker()
+        opt.register_step_post_hook(lambda *_: None)
+        x = torch.zeros(tokens, dtype=torch.long)
+        for group in opt.param_groups:
+            group["t"] = 1000 * group["update_proj_gap"] + group["offset"] - (group["offset"] in (0, 38))
+        opt.arm()
+        tracker.track_external(model, *(y for p in opt.group for y in opt.init(p).values() if torch.is_tensor(y)))
+        with tracker:
+            train.training_step(model, opt, iter([(x, x)]), 1)
+        return {"peak": tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 1e9}
+
+    how = args, config, 4, False
+    assert sum(train.plan(*how).values()) == pytest.approx(train.plan(*how, run=real)["peak"], rel=0.01)
+
+
+def test_a_plan_among_processes_exchanges_nothing():
+    """With torch.distributed initialised the simulated step is that of one process: it sends no tensor."""
+    args, config = settled(PLAN.format("toy", 64) + " --batch_size 1 --total_batch_size 1")
+    config.num_hidden_layers = 2
+    alone = train.plan(args, config, 1, False)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert train.plan(args, config, 1, False) == alone
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def peaks(size, way):
+    """GB: 1 at rest, 0.25 a sequence, a quarter of that with checkpointing."""
+    return dict(weights=1.0, activations=size * (0.0625 if way else 0.25))
+
+
+@pytest.mark.parametrize("free, sizes, ways, expected", [
+    (5.1, [1, 2, 4, 8, 16, 32], [False, True], (16, False)),
+    (2.1, [1, 2, 4, 8, 16, 32], [False, True], (4, False)),
+    (1.2, [1, 2, 4, 8, 16, 32], [False, True], (2, True)),
+    (0.5, [1, 2, 4, 8, 16, 32], [False, True], (1, True)),
+    (9.9, [1, 2, 4, 8, 16, 32], [True], (32, True)),
+    (0.5, [8], [False], (8, False)),
+    (1.6, [1, 2], [False, True], (2, False)),
+])  # fmt: skip
+def test_the_largest_that_fits_is_chosen(free, sizes, ways, expected):
+    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the smallest."""
+    size, way, table = memory.choose(peaks, sizes, ways, free, 4)
+    assert (size, way) == expected and table == pytest.approx(peaks(*expected))
+
+
+def test_the_plan_is_printed(monkeypatch, tmp_path, capsys):
+    """--plan prints five kinds and, last, their sum, and writes nothing. What does not fit is said, and a run that
+    does not fit is refused with the ways out. Where nothing can be simulated --batch_size is asked for."""
+    words = (PLAN.format("toy", 64) + " --no-activation_checkpointing --total_batch_size 2 --batch_size 2").split()
+    output, code = run_here(monkeypatch, tmp_path, capsys, *words, "--plan")
+    *kinds, chosen, peak = output.strip().splitlines()
+    assert not code and [line.split()[0] for line in kinds] == [*memory.KINDS] and not list(tmp_path.iterdir())
+    assert "--batch_size 2, --no-activation_checkpointing; a 24 GB card has 24.14 GB" in chosen
+    assert float(peak.split()[1]) == pytest.approx(sum(float(line.split()[1]) for line in kinds), abs=0.01)
+    monkeypatch.setattr(train, "CARD", 0.01)
+    assert "THIS RUN DOES NOT FIT" in run_here(monkeypatch, tmp_path, capsys, *words, "--plan")[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**7, 10**7))
+    output, code = run_here(monkeypatch, tmp_path, capsys, *words, "--device", "cuda")
+    assert code == 2 and "cuda has 0.0: take a lower --rank" in output
+    monkeypatch.setitem(sys.modules, "torch.distributed._tools.mem_tracker", None)
+    output, code = run_here(monkeypatch, tmp_path, capsys, *words[:-2], "--device", "cuda")
+    assert code == 2 and "no step can be simulated here" in output and "give --batch_size" in output
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, tokens):
+    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager one."""
+    def broken(*args, **options):
+        raise RuntimeError("Cannot find a working triton installation.\nMore about it.")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    options = "--size toy --data python --galore --rank 16 --steps 2 --eval_tokens 256 --device cpu --compile".split()
+    output, code = run_here(monkeypatch, tmp_path, capsys, *options, "--data_dir", tokens)
+    said = [line for line in output.splitlines() if "torch.compile does not work here" in line]
+    assert code == 0 and len(said) == 1 and "RuntimeError: Cannot find a working triton installation.)" in said[0], output
 
 
 def test_init_continues_from_a_hugging_face_folder(monkeypatch, tmp_path, capsys, tokens):
@@ -2933,8 +2932,7 @@ def test_another_model_than_the_runs_is_told(monkeypatch, tmp_path, capsys, toke
 
 
 def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
-    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit
-    moments."""
+    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit moments."""
     if "NANO_GALORE_DATA" not in os.environ:
         pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
     folder = Path(os.environ["NANO_GALORE_DATA"])

@@ -4,7 +4,7 @@ What do saving and reading a checkpoint take beside the model and the optimiser'
     python experiments/checkpoint.py            1B, rank 512, 8-bit state: two minutes, 5 GB; writes experiments/results/checkpoint.json
     python experiments/checkpoint.py --quick    60M, seconds
 
-Called are the functions of a run: train.prepare and train.save, then train.read_checkpoint and the two load_state_dict, as train.train does
+Called are the functions of a run: train.prepare and plumbing/files.py's save, then its read_checkpoint and the two load_state_dict, as train.train does
 it, each of the two in a process of its own. All weights and states are filled with random numbers before they are saved: no page is shared, or zero.
 While it goes on, a thread reads the process's resident anonymous memory every millisecond (what malloc gave; not the pages of files that are
 mapped or cached, which the system takes back when it needs them). A copy of a tensor that matters takes longer than that. Compared are
@@ -40,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from memory import settled  # noqa: E402
 from model import Llama  # noqa: E402
+from plumbing.files import checkpoints, read_checkpoint  # noqa: E402
+from plumbing.files import save as files_save  # noqa: E402
 from speed import cpu, show  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -49,6 +51,12 @@ def resident() -> int:
     """Bytes of this process's anonymous memory that are in RAM."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith("RssAnon")) * 1024
+
+
+def available() -> float:
+    """GB of memory that this machine can give."""
+    with open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024 / 1e9
 
 
 class Watch:
@@ -86,7 +94,7 @@ def row(what: str, watch: Watch, before: int, model, opt, folder: Path) -> dict:
     peak = watch.peak - before
     return {"what": what, "weights": weights, "state": state, "held": weights + state, "peak": peak, "afterwards": resident() - before,
             "rise": peak - weights - state, "rise / weights": (peak - weights - state) / weights, "seconds": watch.seconds,
-            "file": train.checkpoints(folder)[-1].stat().st_size}  # fmt: skip
+            "file": checkpoints(folder)[-1].stat().st_size}  # fmt: skip
 
 
 def save(options: str, folder: Path) -> dict:
@@ -97,10 +105,10 @@ def save(options: str, folder: Path) -> dict:
         for x in filter(torch.is_tensor, opt.init(p).values()):
             x.random_() if x.dtype == torch.uint8 else x.normal_()
     with Watch() as watch:
-        done = train.save(folder, 1, model=model.state_dict(), optimizer=opt.state_dict(), step=1, data={}, skipped=0, scores={}, log_lines=1,
+        done = files_save(folder, 1, model=model.state_dict(), optimizer=opt.state_dict(), step=1, data={}, skipped=0, scores={}, log_lines=1,
                           config=asdict(config), args=train.kept(args))  # fmt: skip
     if not done:
-        sys.exit("nothing was measured")  # train.save has said why
+        sys.exit("nothing was measured")  # it has said why
     return row("save", watch, before, model, opt, folder)
 
 
@@ -109,7 +117,7 @@ def read(options: str, folder: Path) -> dict:
     args, config = settled(options)
     before = resident()
     with Watch() as watch:
-        checkpoint = train.read_checkpoint(str(folder))
+        checkpoint = read_checkpoint(folder)
         built = time.perf_counter()
         model, opt = build(args, config)
         built = time.perf_counter() - built
@@ -134,8 +142,8 @@ def main() -> None:
         parser.error("memory is read as Linux shows it, in /proc, which this system lacks")
     if args.dir and not args.dir.is_dir():
         parser.error(f"--dir {args.dir} is no folder")
-    need = sum(n for kind, n in train.plan(config, its).items() if kind[0] in "wPM") / 1e9  # weights, P, M and V
-    free = train.free_memory(train.with_(its, card=False))
+    table = train.plan(its, config, 1, False)
+    need, free = table["weights"] + table["state"], 0.5 * available()
     if need > free:
         parser.error(f"--size {args.size} holds {need:.1f} GB, and half of the free memory is {free:.1f} GB: take a smaller one")
 

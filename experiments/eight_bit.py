@@ -105,7 +105,7 @@ def trained(how: str, run: dict, device: str, found: dict) -> dict:
     with stored(how):
         for t in range(1, run["steps"] + 1):
             step(t)
-    score = train.evaluate(model, val, given, lambda read: read(), lambda text: None)
+    score = train.evaluate(model, val, given, lambda read: read())
     print(how, run["seed"], score["val_loss"], opt.largest, flush=True)
     return score | opt.largest
 

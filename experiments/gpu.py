@@ -158,8 +158,7 @@ def build(report, size: str, rank: int | None, batch: int, total: int, *flags: s
     words = [f"--{k}={v}" for k, v in shape.items()] + (["--galore", f"--rank={rank}"] if rank else []) + [
         "--dtype=bfloat16", "--state_bits=8", "--no-activation_checkpointing", f"--device={report.args.device}",
         "--compile" if report.compile else "--no-compile", *flags]  # fmt: skip
-    args = train.arguments().parse_args(words)
-    config = train.settle(args, None)
+    args, config, _ = train.settle(words)
     torch.manual_seed(0)
     model, draw = Llama(config, args.device, getattr(torch, args.dtype)), torch.Generator().manual_seed(0)
     tokens = [torch.randint(config.vocab_size, (args.batch_size, args.seq_len + 1), generator=draw) for _ in range(4)]
@@ -196,12 +195,13 @@ def step(case, micro: int = 1) -> torch.Tensor:
 
 def stand(case, due: bool) -> None:
     """As if so many steps had been taken that in the next one P of the last block is due, or of none; past the early refreshes."""
-    opt, last = case.opt, case.model.model.layers[-1].mlp.down_proj.weight
+    opt = case.opt
     if isinstance(opt, galore.GaLoreAdamW):
         for t in range(150, 1500):
             for group in opt.param_groups:
                 group["t"] = t
-            if opt.due(last) if due else not any(map(opt.due, opt.group)):
+            ranked = [group for group in opt.param_groups if group["rank"]]
+            if opt.due(ranked[-1]) if due else not any(map(opt.due, ranked)):
                 break
         opt.arm()
 
@@ -234,7 +234,7 @@ def worst_memory(report, case, what: str, limit: float | None, micro: int = 1) -
         memory(forget=True)
         stand(case, due=True)
         step(case, micro)
-    peak, plan = memory(), train.peak(case.config, case.args)
+    peak, plan = memory(), sum(train.plan(case.args, case.config, case.args.batch_size, case.args.activation_checkpointing).values())
     off = None if peak["allocated GB"] is None else abs(peak["allocated GB"] / plan - 1)
     report.row(f"memory, {what}", **peak, **{"plan GB": plan, "off the plan": off})
     if limit is not None:
@@ -484,7 +484,7 @@ def readme(report) -> None:
     report.row("the end of what it printed", text=said.read_text()[-4000:])
     said.unlink()
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb", "seconds")} for line in lines if "tokens_per_s" in line]
+    steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb")} for line in lines if "tokens_per_s" in line]
     report.row("steps", steps=steps, validation=[line for line in lines if "val_loss" in line])
     report.row("whole command", seconds=whole, **{"exit code": code, "RAM disk": roomy, "command": " ".join(command),
                "checkpoint GB": sum(f.stat().st_size for f in (folder / "run").glob("*.pt")) / 1e9})  # fmt: skip
@@ -501,8 +501,12 @@ def refresh(report) -> None:
         state, Y = opt.init(*opt.group), torch.randn(m, rank, device=device).bfloat16()
         for name in "MV":
             state[name].random_(256)
-            state[adam8bit.SCALE[name]].uniform_(1e-4, 1e-3)
-        run = lambda: galore.refresh(state, Y, torch.tensor(True, device=device))  # noqa: E731, B023
+            state[adam8bit.scale_key(name)].uniform_(1e-4, 1e-3)
+
+        def run():
+            P = galore.load(state, "P").float()  # noqa: B023
+            galore.rotate(state, "MV", galore.refresh(P, Y.float()), torch.tensor(True, device=device))  # noqa: B023
+
         run()
         each = typical(run, 20, 5.0)
         report.row(f"{m} x {n}, r = {rank}", **{"refresh s": each, "such matrices": many})
@@ -544,7 +548,7 @@ def curves(report) -> None:
     batches = [tuple(t.to(torch.int32) for t in text.batch(batch)) for _ in range(steps)]
     held = [tuple(t.to(device) for t in val.batch(min(batch, 64))) for _ in range(4)]
     vocab = -(-tokenizer.n_vocab // 64) * 64
-    methods = {"GaLore": (0.01, 128, None, ()), "GaLore, Muon's direction": (0.02, 128, None, ("--muon",)), "AdamW": (0.002, None, fused, ()),
+    methods = {"GaLore": (0.01, 128, None, ()), "GaLore, Muon's direction": (0.02, 128, None, ("--direction=muon",)), "AdamW": (0.002, None, fused, ()),
                "torch.optim.Muon": (0.002, None, muon_of_torch, ()), "galore-torch": (0.01, 128, galore_torch_plain, ())}  # fmt: skip
     for name, (lr, rank, prepare, flags) in methods.items():
         clean(report.live)
@@ -554,7 +558,7 @@ def curves(report) -> None:
         try:
             for t in range(1, steps + 1):
                 for group in case.opt.param_groups:
-                    group["lr"] = train.learning_rate(t, case.args)
+                    group["lr"] = train.learning_rate(t, case.args, case.args.lr)
                 losses.append(step(case))
                 if t == 5:  # compiled by now
                     losses[-1].item()
@@ -573,13 +577,22 @@ PARTS = {  # function, and its limit in seconds
     "60m": (sixty, 60), "refresh": (refresh, 45), "curves": (curves, 300)}  # fmt: skip
 
 
+def compiles(device: str) -> bool:
+    """Does torch.compile work here?"""
+    try:
+        torch.compile(torch.sin)(torch.ones(64, device=device))
+    except Exception:  # each reason has a type of its own
+        return False
+    return True
+
+
 def work(args: argparse.Namespace) -> None:
     """One part, in this process."""
     if args.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     report = Report(args)
     # the part readme leaves the device to the command that it starts: not even a context here
-    report.compile = not args.quick and args.part != "readme" and train.why_not_compile(args.device) is None
+    report.compile = not args.quick and args.part != "readme" and compiles(args.device)
     report.part(args.part, status="running")
     try:
         PARTS[args.part][0](report)

@@ -1,36 +1,26 @@
 """
-How much memory does a training step take? The real step of train.py on fake tensors, against the plan, the paper, and the bars.
+How much memory does a training step take? The real step of train.py, against the paper and the bars.
 
     pip install -r requirements.txt -r experiments/requirements.txt
     python experiments/memory.py                                     all cases, minutes; json and figure
     python experiments/memory.py --size 7b --galore --rank 512       one run, with the flags of train.py
 
-Fake tensors have shapes, but no memory, so this needs no GPU and no more than a gigabyte for a 7B model. What runs is
-train.prepare and train.training_step: forward, backward, hooks, update, refresh. PyTorch's MemTracker sees each tensor
-that comes and goes; the peak is that of the whole step, everything counted that is a tensor: weights, states, accumulators,
-activations, logits, temporaries of the update. Two steps are taken apart: one in which nothing is refreshed, and one in
-which the last block is (the first in the backward pass, when all activations are there), and as early on another one, too;
-the larger one counts.
-
-Left out: the CUDA context (about half a GB), workspaces inside kernels, fragmentation of the allocator; torch.compile, which
-saves memory (fewer activations are kept, temporaries of the update never exist) but does not run on fake tensors.
+The step runs on tensors without memory, as train.py --plan does it (plumbing/memory.py says what is counted, and what is not).
+--plan takes two steps of a few blocks and draws a line through them. Here the whole model takes the step. Both are shown.
 """
 
 import argparse
 import json
-import math
 import platform
 import sys
-from itertools import repeat
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from model import Config, Llama  # noqa: E402
+from model import Config  # noqa: E402
+from plumbing.memory import simulate  # noqa: E402
 
 HERE = Path(__file__).parent
 GALORE = "--size 7b --galore --rank 1024 --state_bits 8"
@@ -41,8 +31,8 @@ BARS = {  # case: options, bar and what the paper or its code took, GB (paper: s
     "7B, r = 1024, 256 tokens a step": (GALORE + ONE + NOW, 20.5, "22.0"),
     "7B, r = 1024, 131,072 tokens a step": (GALORE + FULL, 24.0, "not possible"),
     "7B, r = 1024, 131,072 tokens, clipping": (GALORE + FULL + " --grad_clipping 1", 24.0, "not possible"),
-    "7B, r = 1024, 256 tokens, --muon": (GALORE + " --muon" + ONE + NOW, 20.5, "-"),
-    "7B, r = 1024, 131,072 tokens, --muon": (GALORE + " --muon" + FULL, 24.0, "-"),
+    "7B, r = 1024, 256 tokens, Muon": (GALORE + " --direction muon" + ONE + NOW, 20.5, "-"),
+    "7B, r = 1024, 131,072 tokens, Muon": (GALORE + " --direction muon" + FULL, 24.0, "-"),
     "7B, r = 256, 256 tokens": (GALORE.replace("1024", "256") + ONE + NOW, 17.6, "-"),
     "1B, r = 512, 256 tokens": ("--size 1b --galore --rank 512 --state_bits 8" + ONE + NOW, 4.6, "5.63"),
 }
@@ -54,62 +44,34 @@ FIGURE = {  # the paper's figure 1: 7B, 256 tokens a step (and, at the end, a ba
     "8-bit GaLore,\nlayer-wise": GALORE + ONE + NOW,
     "the same, 131,072\ntokens a step": GALORE + FULL,
 }
-KINDS = {  # of the figure, in the words of train.plan
-    "weights": ["weights"], "M, V": ["M, V of the matrices", "M, V of embedding, head, norms"], "P": ["P"],
-    "gradients, accumulators": ["gradients"], "activations": ["activations"], "logits, update": ["temporaries"],
-}  # fmt: skip
-
-
-class Tracker(MemTracker):
-    """MemTracker without its statistics by module, which allow a module one forward pass only."""
-
-    def no_statistics(self, *args) -> None:
-        pass
-
-    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = no_statistics
+KINDS = ("weights", "state", "gradients", "activations", "temporaries")  # of the figure, in plumbing/memory.py's words
 
 
 def settled(options: str) -> tuple[argparse.Namespace, Config]:
-    """What train.py makes of its options; what it refuses is refused here."""
-    parser = train.arguments()
-    args = parser.parse_args([*options.split(), "--plan"])
-    args.device, args.dtype = "cpu", args.dtype or "bfloat16"
+    """What train.py makes of its options, on a CPU and in bf16 unless they say otherwise; what it refuses is refused here."""
+    words = ["--device", "cpu", *options.split()]
+    words += [] if "--dtype" in options else ["--dtype", "bfloat16"]
     try:
-        config = train.settle(args, None)
-        train.fit(config, args, on_this_device=False)
+        args, config, _ = train.settle(words)
+        train.fit(args, config)
     except ValueError as error:
-        parser.error(str(error))
+        train.arguments().error(str(error))
     return args, config
 
 
-def simulate(args: argparse.Namespace, config: Config, due: bool) -> int:
-    """Peak bytes of a step of train.py; with `due`, of one in which the last block's subspace is refreshed."""
-    args = train.with_(args, total_batch_size=min(args.total_batch_size, 3 * args.batch_size * train.world()))  # first, middle, last
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Llama(config, "cpu", getattr(torch, args.dtype))
-        opt = train.prepare(model, args)
-        last = [group for group in opt.param_groups if group["rank"] or not args.galore][-1]
-        early = 2 * last["turns"] + last["offset"] * last["turns"] // last["update_proj_gap"]
-        for group in opt.param_groups:
-            group["t"] = early - 1 if due else 1000 * last["update_proj_gap"]
-        states = [opt.init(p) for p in opt.group]
-        opt.arm()
-        tokens = torch.zeros(args.batch_size, args.seq_len, dtype=torch.long)
-        with Tracker() as tracker:
-            tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
-            train.training_step(model, opt, repeat((tokens, tokens)), train.accumulation(args))
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return peak["Total"]
+def whole(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[str, float]:
+    """In the place of plumbing.memory.peak: all blocks."""
+    parts = simulate(build, step, blocks, max(2, -(-blocks // gap)), tokens)
+    return max(parts.values(), key=lambda table: sum(table.values()))
 
 
 def measure(options: str) -> dict:
-    """Both steps and the plan, in GB (1e9 bytes)."""
+    """The whole model and the plan, in GB (1e9 bytes)."""
     args, config = settled(options)
-    table = train.plan(config, args)
-    steps = {"simulated": simulate(args, config, due=False)} | ({"simulated, refreshing": simulate(args, config, due=True)} if args.galore else {})
-    peak = max(steps.values())
-    return {"options": options} | {k: v / 1e9 for k, v in steps.items()} | {"peak": peak / 1e9, "plan": sum(table.values()) / 1e9,
-            "plan / peak": sum(table.values()) / peak, "plan by kind": {k: v / 1e9 for k, v in table.items()}}  # fmt: skip
+    how = args, config, args.batch_size, args.activation_checkpointing
+    plan, kinds = sum(train.plan(*how).values()), train.plan(*how, run=whole)
+    peak = sum(kinds.values())
+    return {"options": options, "peak": peak, "plan": plan, "plan / peak": plan / peak, "by kind": kinds}
 
 
 def draw(rows: dict[str, dict], path: Path) -> None:
@@ -120,11 +82,10 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
     bottom = [0.0] * len(rows)
-    for (kind, names), colour in zip(KINDS.items(), ["#4c566a", "#5e81ac", "#88c0d0", "#d08770", "#a3be8c", "#d8dee9"], strict=True):
-        heights = [sum(row["plan by kind"][name] for name in names) for row in rows.values()]
+    for kind, colour in zip(KINDS, ["#4c566a", "#5e81ac", "#d08770", "#a3be8c", "#d8dee9"], strict=True):
+        heights = [row["by kind"][kind] for row in rows.values()]
         axes.bar(range(len(rows)), heights, bottom=bottom, width=0.62, label=kind, color=colour)
         bottom = [b + h for b, h in zip(bottom, heights)]
-    axes.plot(range(len(rows)), [row["peak"] for row in rows.values()], "k_", markersize=38, markeredgewidth=1.2, label="simulated peak")
     for i, row in enumerate(rows.values()):
         axes.text(i, max(row["peak"], bottom[i]) + 1, f"{row['peak']:.1f}", ha="center", va="bottom", zorder=3, backgroundcolor="white",
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
@@ -136,7 +97,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     axes.set_ylim(0, 92)
     axes.set_ylabel("peak of a training step, GB (1e9 bytes)")
     axes.set_title("7B LLaMA, bf16 weights, rank 1024, vocabulary 32,000, 256 tokens a step (but for the last)", fontsize=10)
-    axes.legend(loc="upper right", fontsize=9, markerscale=0.45, title="stacked: --plan", title_fontsize=9)
+    axes.legend(loc="upper right", fontsize=9, title="at the peak", title_fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -152,8 +113,9 @@ def main() -> None:
         parser.error("--quick goes with the cases of the table, not with options of train.py: leave one of the two out.")
     if options:
         row = measure(" ".join(options))
-        for name in ("simulated", "simulated, refreshing", "plan"):
-            print(f"{name:<24}{row.get(name, math.nan):9.3f} GB")
+        for name, size in row["by kind"].items():
+            print(f"{name:<24}{size:9.3f} GB")
+        print(f"{'plan':<24}{row['plan']:9.3f} GB")
         print(f"peak {row['peak']:.2f} GB")
         return
     if args.quick:
@@ -167,16 +129,16 @@ def main() -> None:
             known[options] = measure(options)
         return known[options]
 
-    print(f"{'GB (1e9 bytes)':<42}{'plan':>8}{'simulated':>11}{'refreshing':>12}{'bar':>7}{'paper':>14}")
+    print(f"{'GB (1e9 bytes)':<42}{'plan':>8}{'simulated':>11}{'bar':>7}{'paper':>14}")
     for case, (options, bar, paper) in BARS.items():
         row = table[case] = once(options) | {"bar": bar, "paper": paper}
         row["met"] = row["peak"] <= bar
-        print(f"{case:<42}{row['plan']:8.2f}{row['simulated']:11.2f}{row['simulated, refreshing']:12.2f}{bar:7.1f}{paper:>14}  {'met' if row['met'] else 'NOT MET'}", flush=True)
+        print(f"{case:<42}{row['plan']:8.2f}{row['peak']:11.2f}{bar:7.1f}{paper:>14}  {'met' if row['met'] else 'NOT MET'}", flush=True)
     print("\nfigure 1")
     for name, options in FIGURE.items():
         picture[name] = once(options)
         print(f"{name.replace(chr(10), ' '):<42}{picture[name]['plan']:8.2f}{picture[name]['peak']:11.2f}", flush=True)
-    conditions = {"command": " ".join(["python experiments/memory.py", *sys.argv[1:]]), "simulated": "eager step on fake tensors, no GPU",
+    conditions = {"command": " ".join(["python experiments/memory.py", *sys.argv[1:]]), "simulated": "eager step on meta tensors, no GPU",
                   "quoted": "paper: arXiv 2403.03507, section 5.5 and table 11", "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"conditions": conditions, "bars": table, "figure 1": picture}, indent=1) + "\n")

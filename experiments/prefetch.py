@@ -86,10 +86,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
-    options = train.arguments().parse_args(f"--size {args.size} --galore --seq_len 256 --tokenizer gpt2 --device {args.device} --batch_size {args.batch_size} "
-                                           f"--total_batch_size {args.batch_size}".split())  # fmt: skip
-    config = train.settle(options, None)
-    train.fit(config, options, True)
+    options, config, _ = train.settle(f"--size {args.size} --galore --seq_len 256 --tokenizer gpt2 --device {args.device} --batch_size {args.batch_size} "
+                                      f"--total_batch_size {args.batch_size}".split())  # fmt: skip
+    train.fit(options, config)
     model = Llama(config, options.device, getattr(torch, options.dtype))
     opt, tokens = train.prepare(model, options), args.batch_size * 256
     tokenizer = data.get_tokenizer(args.tokenizer)

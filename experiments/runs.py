@@ -170,7 +170,7 @@ def stepper(model: Llama, opt: torch.optim.Optimizer, run: dict, stream):
 
     def step(t: int) -> torch.Tensor:
         for group, peak in zip(opt.param_groups, peaks):
-            group["lr"] = peak * train.learning_rate(t, args) / args.lr
+            group["lr"] = train.learning_rate(t, args, peak)
         return train.training_step(model, opt, iter([stream.batch(args.total_batch_size)]), 1)
 
     return step
@@ -193,7 +193,7 @@ def train_once(build, run: dict, device: str) -> dict:
     losses = torch.stack(losses).tolist()  # the host waits for the device here
     seconds = time.perf_counter() - start
     args = argparse.Namespace(**run, batch_size=run["total_batch_size"], device=device)
-    score = train.evaluate(model, val, args, lambda read: read(), lambda text: None)
+    score = train.evaluate(model, val, args, lambda read: read())
     part = max(1, run["steps"] // 60)
     curve = [[min(i + part, run["steps"]), round(mean(losses[i : i + part]), 4)] for i in range(0, run["steps"], part)]
     state = speed.state_bytes(opt) + sum(x.numel() * x.element_size() for x in getattr(opt, "beside", []))

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import galore  # noqa: E402
 import model as llama  # noqa: E402
 import train  # noqa: E402
+from thin import thin  # noqa: E402
 
 PLAIN, DUE = 99, 199  # steps taken before a step in which P is not refreshed, and before one in which it is (T = 200)
 
@@ -149,7 +150,7 @@ def thin_layers(shapes: list[tuple], group: dict, **flags):
     """Linear layers in thin mode, and a function that leaves at their proxies what a backward pass would."""
     layers = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in shapes)
     opt = galore.GaLoreAdamW([dict(group, params=list(layers.parameters()))], **flags)
-    galore.thin(layers, opt)
+    thin(layers, opt)
     at(opt, DUE)
     arrived = {(p, width): 0.01 * torch.randn(group["rank"], width)
                for p in layers.parameters() for width in (max(p.shape), sum(p.shape))}  # fmt: skip
@@ -190,11 +191,15 @@ def optimiser_step(args, shapes, peers) -> tuple[list, list, list]:
 
     # the refresh on its own, and as what a refreshing step takes more than another
     ok, refreshes = torch.tensor(True), []
+
+    def refresh(state, Y):
+        galore.rotate(state, "MV", galore.refresh(state["P"], Y), ok)
+
     for g in grads:
         m, n = min(g.shape), max(g.shape)
         state = {"P": galore.orthonormal(torch.randn(m, args.rank)), "M": 0.01 * torch.randn(args.rank, n), "V": 1e-4 * torch.rand(args.rank, n)}
-        refreshes.append((state, 0.01 * torch.randn(m, args.rank), ok))
-    alone = take_turns({"refresh": lambda: seconds(lambda: [galore.refresh(*x) for x in refreshes])[0]}, max(5, args.svd_rounds))["refresh"]
+        refreshes.append((state, 0.01 * torch.randn(m, args.rank)))
+    alone = take_turns({"refresh": lambda: seconds(lambda: [refresh(*x) for x in refreshes])[0]}, max(5, args.svd_rounds))["refresh"]
     extra = {name: [x - statistics.median(plain[name]) for x in due[name]] for name in opts} | {"galore.refresh alone": alone}
     more = [{"refresh of all matrices (ms)": name, "time": 1e3 * statistics.median(x),
              "SVD's is longer by": statistics.median(extra[theirs]) / statistics.median(x) if theirs in opts else "-"}
@@ -264,12 +269,12 @@ def training_step(args, config, peers) -> tuple[list, list]:
     x = torch.randn(args.batch_size, args.seq_len, config.hidden_size, requires_grad=True)  # as if an embedding came before
     contestants = {}
 
-    def ours(thin: bool, **flags):
+    def ours(without_gradient: bool, **flags):
         blocks = Blocks(config)
         groups = galore.param_groups(blocks, args.rank, args.update_proj_gap)
         opt = galore.GaLoreAdamW([dict(group, offset=0) for group in groups], **flags)  # all at once, to measure it once
-        if thin:
-            galore.thin(blocks, opt)
+        if without_gradient:
+            thin(blocks, opt)
         return blocks, opt
 
     contestants |= {"ours, thin": ours(True), "ours, thin, compiled": ours(True, compile=True), "ours, plain": ours(False)}
@@ -317,10 +322,9 @@ def operations(options: str, due: bool = False) -> float:
 
     A step is linear in its micro-batches, so that one with one and one with two give it for any number.
     """
-    args = train.arguments().parse_args([*options.split(), "--vocab_size", "32000", "--state_bits", "32", "--plan", "--device", "cpu"])
-    config, steps = train.settle(args, None), []
+    (args, config, _), steps = train.settle([*options.split(), "--vocab_size", "32000", "--state_bits", "32", "--device", "cpu"]), []
     for micro_batches in (1, 2):
-        few = train.with_(args, total_batch_size=micro_batches * args.batch_size)
+        few = argparse.Namespace(**vars(args) | dict(total_batch_size=micro_batches * args.batch_size))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = llama.Llama(config, "cpu", torch.bfloat16)
             opt = train.prepare(model, few)

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
+from galore import param_groups  # noqa: E402
 from memory import settled  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from speed import show  # noqa: E402
@@ -77,7 +78,7 @@ def ours(args: argparse.Namespace, config: Config, due: bool) -> tuple[int, int]
         opt = train.prepare(model, args)
         for group in opt.param_groups:  # in between no block is due: there are fewer blocks than steps, and the first is due at 0
             group["t"] = 1000 * args.update_proj_gap + (group["offset"] - 1 if due else 1)
-        assert all(opt.due(p) == (due and group["rank"] is not None) for p, group in opt.group.items())
+        assert all(opt.due(group) == due for group in opt.param_groups if group["rank"])
         opt.arm()
         tokens = torch.zeros(1, args.seq_len, dtype=torch.long)
         opt.agree = lambda ps: None  # 16 bytes a step, which on fake tensors nobody could read
@@ -88,13 +89,13 @@ def ours(args: argparse.Namespace, config: Config, due: bool) -> tuple[int, int]
 
 def times_due(args: argparse.Namespace, config: Config) -> set[int]:
     """How often in T steps a matrix is due: the different answers among all matrices."""
-    opt = train.prepare(Llama(config, "meta", torch.bfloat16), train.with_(args, layerwise=False))
+    opt = train.prepare(Llama(config, "meta", torch.bfloat16), argparse.Namespace(**vars(args) | dict(layerwise=False)))
     times = {p: 0 for p, group in opt.group.items() if group["rank"]}
     for t in range(args.update_proj_gap):
         for group in opt.param_groups:
             group["t"] = 1000 * args.update_proj_gap + t
         for p in times:
-            times[p] += opt.due(p)
+            times[p] += opt.due(opt.group[p])
     return set(times.values())
 
 
@@ -122,7 +123,8 @@ def ddp(config: Config, real: bool) -> tuple[int, int]:
 def count(size: str) -> dict:
     """A size's bytes a step, checked against the closed form."""
     args, config = settled(f"--size {size} {OPTIONS}")
-    shapes, rest, _ = train.shapes(config)
+    *blocks, others = param_groups(Llama(config, "meta"), rank=1)
+    shapes, rest = [p.shape for block in blocks for p in block["params"]], [p.numel() for p in others["params"]]
     r, T = args.rank, args.update_proj_gap
     (plain, others), (refreshing, others_then) = ours(args, config, due=False), ours(args, config, due=True)
     theirs, their_others = ddp(config, real=size == REAL)

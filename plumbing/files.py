@@ -1,0 +1,217 @@
+"""What a run leaves on disk, what its processes agree on, and how it is stopped.
+
+    OUT_DIR/checkpoint-STEP.pt   weights, optimiser, arguments, place in the data; sealed
+    OUT_DIR/log.jsonl            all arguments and versions, then a line per step
+
+A checkpoint is written beside its name and renamed: a kill at any moment leaves a whole one. Its seal is a
+checksum of all but the values of tensors, for which the file has its own. A resumed run cuts off the log
+behind its checkpoint. A full disk ends nothing: lines wait in memory, the next save tries again.
+
+Left out on purpose: Windows (fcntl), checkpoints in several files.
+"""
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+import zlib
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+import torch.distributed as dist
+
+from plumbing.shards import tell
+
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
+
+
+# ----- checkpoints ------------------------------------------------------------------------------------------
+
+def save(folder: Path, keep: int, **what) -> bool:
+    """Writes checkpoint-STEP.pt without a copy of its tensors, and deletes all but the `keep` newest. False,
+    and a line to the user, if the disk does not take it."""
+    part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            torch.save(what | dict(seal=seal(what)), file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / f"checkpoint-{what['step']:08d}.pt")
+        for old in checkpoints(folder)[:-keep]:
+            old.unlink()
+        return True
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        tell(f"step {what['step']}: the checkpoint could not be written ({error.__context__ or error}); "
+             "the one before stays, the next save tries again")
+        return False
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first. A checkpoint-best.pt is the user's own."""
+    return sorted(folder.glob("checkpoint-" + 8 * "[0-9]" + ".pt"))
+
+
+def seal(what: dict) -> int:
+    text = json.dumps(what, default=lambda tensor: f"{tensor.dtype} {tensor.shape}")
+    return zlib.crc32(text.encode())
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """The newest one; its tensors stay on disk until they are used. ValueError if there is no whole one."""
+    *older, path = checkpoints(folder) or [None]
+    if path is None:
+        raise ValueError(f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint):
+            raise ValueError
+        return checkpoint
+    except Exception as error:  # a cut file raises anything from EOFError to RuntimeError
+        instead = f"delete it to go on from {older[-1].name}" if older else "take another --out_dir"
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}): it was cut short or changed, or "
+                         f"is no checkpoint of this version; {instead}") from None
+
+
+# ----- the folder and its log -------------------------------------------------------------------------------
+
+def holds_a_run(folder: Path) -> bool:
+    """More than the first line of a log, which is all that a run leaves before its first checkpoint."""
+    log = folder / "log.jsonl"
+    return bool(checkpoints(folder)) or log.exists() and log.read_bytes().count(b"\n") > 1
+
+
+def free_folder(name: str) -> str:
+    """name, or name-2, name-3, ...: the first that holds no run."""
+    return next(path for i in count(1) if not holds_a_run(Path(path := name + f"-{i}" * (i > 1))))
+
+
+def lock(folder: Path) -> int:
+    """Makes the folder, and keeps other runs out until what it returns is closed. ValueError if one is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(f"another process is training in {folder}: wait for its end, "
+                         "or take another --out_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return number
+
+
+class Log:
+    """log.jsonl, of the first process. kept: so many lines of an earlier log stay; lines: it has so many."""
+
+    def __init__(self, folder: Path, kept: int):
+        self.path, self.waiting, self.lines = folder / "log.jsonl", [], 0
+        if RANK:
+            return
+        self.lock, lines = lock(folder), []
+        if kept and self.path.exists():
+            lines = [line for line in self.path.read_bytes().splitlines(True)[:kept] if line.endswith(b"\n")]
+        part = self.path.with_suffix(".part")
+        part.write_bytes(b"".join(lines))
+        part.replace(self.path)
+        self.lines = len(lines)
+
+    def write(self, line: dict | None = None) -> bool:
+        """Is everything on disk, with this line? A log elsewhere, such as wandb.log(line), belongs here."""
+        if RANK:
+            return True
+        if line:
+            no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            self.waiting.append(json.dumps(line | no_number) + "\n")  # JSON has no NaN
+            self.lines += 1
+        text = "".join(self.waiting).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(text) < len(text):
+                        raise OSError("No space left on device")
+                    if not line:  # before a checkpoint
+                        os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self.waiting = []
+        except OSError as error:
+            if line and len(self.waiting) == 1:
+                tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints "
+                     "are not written, until they can be")
+        return not self.waiting
+
+    def close(self):
+        if RANK == 0:
+            os.close(self.lock)
+
+
+# ----- several processes, and the end -----------------------------------------------------------------------
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@cache
+def hosts() -> dist.ProcessGroup:
+    """All processes, patient with one that waits for data. That one has died is noticed at once."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def highest(value: float) -> float:
+    """Of all processes. It goes from host to host: no GPU waits for it."""
+    if dist.is_initialized():
+        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX, group=hosts())
+    return float(value)
+
+
+class Stop(Exception):
+    """In all processes at once, between two steps: one was asked to end, or cannot go on."""
+
+
+class Brake:
+    """Ends a run between two steps. asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal.
+    problem: a sentence, or "", and the exit code for it. While it is `idle`, starting or waiting for data,
+    it is interrupted at once."""
+
+    def __init__(self):
+        self.asked, self.problem, self.code, self.idle = 0.0, "", 2, True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
+                signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if not self.asked:
+            self.asked = time.monotonic()
+            if self.idle:
+                raise KeyboardInterrupt
+        elif time.monotonic() > self.asked + 2:  # a second one ends it at once, but not torchrun's echo
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def fetch(self, read):
+        """What read() returns, in all processes; or Stop, in all of them."""
+        result = None
+        try:
+            self.idle = True
+            result = None if self.asked else read()
+        except KeyboardInterrupt:  # from `ask`
+            pass
+        except (ValueError, OSError) as error:
+            self.problem = str(error)
+        finally:
+            self.idle = False
+        if highest(self.asked > 0 or self.problem != ""):
+            raise Stop
+        return result
