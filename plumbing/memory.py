@@ -103,9 +103,10 @@ def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) ->
     way = next((way for way in ways[:-1] if fits(peak(sizes[0], way))), ways[-1])
     line = [size for size in sizes if size >= whole]
     if line:
-        low, high = peak(line[0], way), peak(line[-1], way)
+        first, second = line[0], line[:2][-1]
+        low, high = peak(first, way), peak(second, way)
         for size in reversed(line):
-            table = between(low, high, (size - line[0]) / max(1, line[-1] - line[0]))
+            table = between(low, high, (size - first) / max(1, second - first))
             if fits(table):
                 return size, way, table
     for size in [size for size in reversed(sizes) if size < whole] or sizes[:1]:
