@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -2251,7 +2252,8 @@ def unbroken(tmp_path_factory, tokens):
 
 
 def test_the_documented_command_learns(unbroken):
-    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log and checkpoint."""
+    """The first command of the README, cut to 24 steps, says what it does, learns, samples, and leaves log
+    and checkpoint."""
     folder, output = unbroken
     for word in ("rank 64", "1,894,080 parameters", "step 24/24: loss", "perplexity", "bits per byte", "sample:\ndef "):
         assert word in output
@@ -2266,8 +2268,9 @@ def test_the_documented_command_learns(unbroken):
 
 
 def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, tokens, monkeypatch, capsys):
-    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from their checkpoint, and ends at the
-    weights and losses of one that was never disturbed, to the last bit; its validation losses are those of two processes."""
+    """Two processes under torchrun, one of them killed: both end within seconds. One process goes on from
+    their checkpoint, and ends at the weights and losses of one that was never disturbed, to the last bit; its
+    validation losses are those of two processes."""
     common = [*SHORT, *"--galore --lr 0.01 --update_proj_gap 7 --eval_every 8 --batch_size 4 --state_bits 8 --grad_clipping 1 --data_dir".split(), tokens]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(HERE / "train.py")]
     out = tmp_path / "out" / "toy-galore-r64-8bit"
@@ -2361,7 +2364,8 @@ def test_a_sample_that_is_no_text_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_is_not_written_over_and_a_bad_checkpoint_is_told(unbroken, monkeypatch, tmp_path, capsys):
-    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run code: each is refused."""
+    """A new run in an old one's folder, another size on resuming, a cut checkpoint, a pickle that would run
+    code: each is refused."""
     folder = tmp_path / "run"
     folder.mkdir()
     last = newest(unbroken[0]).name
@@ -2445,8 +2449,9 @@ FEW = "--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_si
 
 @pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("step", "SIGHUP"), ("data", "SIGTERM"), ("validation", "SIGTERM")])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, tmp_path, capsys, tokens):
-    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during validation: the run saves, leaves with 0
-    and prints the line that goes on; what is resumed ends like a run that was not stopped."""
+    """Ctrl-C, SIGTERM and a closed terminal, in a step, while it waits for data for an hour, and during
+    validation: the run saves, leaves with 0 and prints the line that goes on; what is resumed ends like a run
+    that was not stopped."""
     options = [*FEW, *"--steps 6 --eval_every 3 --save_every 99 --data_dir".split(), tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "calm")[1] == 0
     calls, function = [], {"step": "training_step", "data": "open_data", "validation": "evaluate"}[where]
@@ -2486,8 +2491,9 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, monkeypatch, 
 
 
 def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
-    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is written among them. More than 20 in a
-    row end the run with code 1, and the newest checkpoint is from before them; it can be resumed."""
+    """A few steps whose gradients are not finite are skipped, counted and logged, and no checkpoint is
+    written among them. More than 20 in a row end the run with code 1, and the newest checkpoint is from
+    before them; it can be resumed."""
     step = train.training_step
     count, bad = [0], {3, *range(9, 99)}
 
@@ -2515,8 +2521,8 @@ def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, capsys):
-    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name and line; mended, it goes on as if
-    nothing had been."""
+    """When training comes to a shard that is corrupt, it saves and leaves with code 1 and the shard's name
+    and line; mended, it goes on as if nothing had been."""
     c4_like(tmp_path / "good", shards=3, documents=10)
     c4_like(tmp_path / "bad", shards=3, documents=10)
     shard = tmp_path / "bad" / "c4-train.00001-of-01024.json.gz"
@@ -2535,7 +2541,8 @@ def test_bad_data_in_the_middle_stops_with_a_checkpoint(monkeypatch, tmp_path, c
 
 
 def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, capsys, tokens):
-    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of another version is said, too."""
+    """Steps, learning rate, intervals and the split of the batch may change, and each is said; an argument of
+    another version is said, too."""
     options = [*FEW, "--data_dir", tokens, "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "4", "--keep", "9", "--save_every", "2")[1] == 0
     (tmp_path / "run" / "checkpoint-00000000.pt").unlink()
@@ -2557,8 +2564,8 @@ def test_what_may_change_on_resume_is_applied_and_said(monkeypatch, tmp_path, ca
 
 
 def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, capsys, tokens):
-    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest. Bytes
-    in the log that are no text stay as they are."""
+    """A copy of a checkpoint under another name is not resumed from, not deleted, not taken for the newest.
+    Bytes in the log that are no text stay as they are."""
     options = [*FEW, "--data_dir", tokens, "--save_every", "1", "--out_dir", "run"]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--steps", "1")[1] == 0
     for name in ("checkpoint-best.pt", "checkpoint-00000001-copy.pt"):
@@ -2574,7 +2581,8 @@ def test_what_the_user_keeps_beside_a_run_is_left_alone(monkeypatch, tmp_path, c
 
 
 def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
-    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards it may."""
+    """While one process trains in a folder another is refused, in one line, and changes nothing; afterwards
+    it may."""
     options = [*FEW, "--steps", "2", "--data_dir", tokens]
     assert run_here(monkeypatch, tmp_path, capsys, *options, "--out_dir", "run")[1] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -2587,14 +2595,13 @@ def test_two_runs_do_not_share_a_folder(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_without_a_terminal_and_without_a_folder(tokens, tmp_path):
-    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last checkpoint is there."""
+    """Closed stdout and stderr, and a folder that is deleted while the run is on, end nothing: the last
+    checkpoint is there."""
     command = [sys.executable, str(HERE / "train.py"), *FEW, "--steps", "40", "--save_every", "10", "--data_dir", tokens, "--out_dir", str(tmp_path / "run")]
     process = subprocess.Popen(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         wait_for_step(tmp_path / "run" / "log.jsonl", 10, process)
-        for path in (tmp_path / "run").iterdir():
-            path.unlink()
-        (tmp_path / "run").rmdir()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)  # the run may write a line meanwhile
         assert process.wait(timeout=60) == 0 and newest(tmp_path / "run").name == "checkpoint-00000040.pt"
     finally:
         process.kill()
@@ -2627,7 +2634,8 @@ def test_threads_do_not_spin_for_long(name, value, spins):
 
 
 def room(monkeypatch, has_room):
-    """torch.save fails as on a full disk, unless has_room(step). Returns the steps of which a save was tried."""
+    """torch.save fails as on a full disk, unless has_room(step). Returns the steps of which a save was
+    tried."""
     save, tried = torch.save, []
 
     def full(what, file):
@@ -2668,7 +2676,8 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_a_full_disk_at_the_end_is_an_error(monkeypatch, tmp_path, capsys, tokens):
-    """A run that cannot save its last step says so and leaves with code 1; resumed, it takes that step again."""
+    """A run that cannot save its last step says so and leaves with code 1; resumed, it takes that step
+    again."""
     options = [*FEW, *"--steps 3 --save_every 2 --out_dir run --data_dir".split(), tokens]
     with monkeypatch.context() as patch:
         room(patch, lambda step: step < 3)
@@ -2695,8 +2704,8 @@ def test_asked_to_stop_after_a_bad_step(monkeypatch, tmp_path, capsys, tokens):
 
 
 def test_the_batch_is_split_anew_for_other_processes(monkeypatch, unbroken):
-    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 1 in each of 8; a GPU
-    that is not there is told."""
+    """A run of one process with 8 sequences at once goes on with 4 in each of two, and with 1 in each of 8; a
+    GPU that is not there is told."""
     for processes in (2, 1, 8):
         monkeypatch.setattr(train, "world", lambda: processes)
         args, config, _ = train.settle(["--resume", "--device", "cpu", "--out_dir", str(unbroken[0])])
@@ -2717,7 +2726,8 @@ def test_the_batch_is_split_anew_for_other_processes(monkeypatch, unbroken):
     ("--size new --galore", dict(lr=0.01, rank=48, update_proj_gap=200, galore_scale=0.25, total_batch_size=512)),
 ])  # fmt: skip
 def test_recipes(words, expected, monkeypatch, capsys):
-    """The size's recipe fills in what is not typed, and --help shows it; a size without one has the paper's."""
+    """The size's recipe fills in what is not typed, and --help shows it; a size without one has the
+    paper's."""
     monkeypatch.setitem(SIZES, "new", SIZES["toy"])
     args, _, _ = train.settle([*words.split(), "--vocab_size", "320"])
     assert expected.items() <= vars(args).items()
@@ -2751,7 +2761,8 @@ def test_weight_decay_is_of_matrices(options):
 
 
 def test_learning_rate_schedule():
-    """Linear to the peak over the warm-up, cosine to min_lr_ratio at the last step, in proportion to the peak."""
+    """Linear to the peak over the warm-up, cosine to min_lr_ratio at the last step, in proportion to the
+    peak."""
     args = SimpleNamespace(warmup_steps=10, steps=110, min_lr_ratio=0.1)
     rates = [train.learning_rate(step, args, 1.0) for step in range(1, 111)]
     assert np.allclose(rates[:10], np.arange(1, 11) / 10) and math.isclose(rates[59], 0.55) and math.isclose(rates[-1], 0.1)
@@ -2779,8 +2790,8 @@ PLAN = "--size {} --galore --rank {} --vocab_size 4096 --tokenizer bytes --dtype
     "--batch_size 8 --total_batch_size 64 --activation_checkpointing --grad_clipping 1 --direction muon",
     "--batch_size 4 --total_batch_size 8 --no-layerwise --no-activation_checkpointing"])  # fmt: skip
 def test_few_blocks_tell_of_all(options):
-    """The plan, from steps of two and three blocks, is within 1% of the step of the whole model. Its weights and
-    its state are those of a real model and optimiser."""
+    """The plan, from steps of two and three blocks, is within 1% of the step of the whole model. Its weights
+    and its state are those of a real model and optimiser."""
     args, config = settled(PLAN.format("toy", 64) + " " + options)
     config.num_hidden_layers = 7
     how = args, config, args.batch_size, args.activation_checkpointing
@@ -2852,14 +2863,16 @@ def peaks(size, way):
     (1.6, [1, 2], [False, True], (2, False)),
 ])  # fmt: skip
 def test_the_largest_that_fits_is_chosen(free, sizes, ways, expected):
-    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the smallest."""
+    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the
+    smallest."""
     size, way, table = memory.choose(peaks, sizes, ways, free, 4)
     assert (size, way) == expected and table == pytest.approx(peaks(*expected))
 
 
 def test_the_plan_is_printed(monkeypatch, tmp_path, capsys):
-    """--plan prints five kinds and, last, their sum, and writes nothing. What does not fit is said, and a run that
-    does not fit is refused with the ways out. Where nothing can be simulated --batch_size is asked for."""
+    """--plan prints five kinds and, last, their sum, and writes nothing. What does not fit is said, and a run
+    that does not fit is refused with the ways out. Where nothing can be simulated --batch_size is asked
+    for."""
     words = (PLAN.format("toy", 64) + " --no-activation_checkpointing --total_batch_size 2 --batch_size 2").split()
     output, code = run_here(monkeypatch, tmp_path, capsys, *words, "--plan")
     *kinds, chosen, peak = output.strip().splitlines()
@@ -2878,7 +2891,8 @@ def test_the_plan_is_printed(monkeypatch, tmp_path, capsys):
 
 
 def test_without_a_compiler_training_goes_on(monkeypatch, tmp_path, capsys, tokens):
-    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager one."""
+    """Where torch.compile does not work, --compile gives one line that says why, and the run is the eager
+    one."""
     def broken(*args, **options):
         raise RuntimeError("Cannot find a working triton installation.\nMore about it.")
 
@@ -2932,13 +2946,14 @@ def test_another_model_than_the_runs_is_told(monkeypatch, tmp_path, capsys, toke
 
 
 def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
-    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit moments."""
+    """The 60M model trains on real C4 shards in their own form, with GPT-2's tokenizer, in bf16 with 8-bit
+    moments."""
     if "NANO_GALORE_DATA" not in os.environ:
         pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
     folder = Path(os.environ["NANO_GALORE_DATA"])
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
     options = "--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 --eval_tokens 256 --dtype bfloat16 --state_bits 8 --device cpu --seq_len 64"
     output, code = run_here(monkeypatch, tmp_path, capsys, *options.split(), "--data", folder / "c4", "--data_dir", tmp_path / "tokens")
-    assert code == 0 and "vocabulary 50,304" in output, output
+    assert code == 0 and "vocab_size 50304" in output, output
     losses = [line["loss"] for line in log_of_any(tmp_path / "out" / "60m-galore-r128-8bit") if "loss" in line]
     assert len(losses) == 2 and all(10.5 < loss < 11.2 for loss in losses)
