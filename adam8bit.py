@@ -191,19 +191,19 @@ class Stored(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for state that this optimiser would not have made; it stays as it is then."""
         saved, groups, meta = state_dict["state"], state_dict["param_groups"], torch.device("meta")
-        theirs = [(i, group) for group in groups for i in group["params"]]
-        ours = [p for group in self.param_groups for p in group["params"]]
+        theirs, ours = ([(p, group) for group in some for p in group["params"]]
+                        for some in (groups, self.param_groups))
         form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
-        for (i, group), p in zip(theirs, ours):
+        for (i, group), (p, own) in zip(theirs, ours):
             expected, found = self.empty(p, meta), saved.get(i, {"state": None}) or self.empty(p, meta)
             odd = {name for name in expected | found if form(found.get(name)) != form(expected.get(name))}
-            odd |= self.defaults.keys() - group.keys()
+            odd |= (self.defaults.keys() & own.keys()) - group.keys()
             check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up as then.")
         before = self.state.values()
         super().load_state_dict({"state": {}, "param_groups": groups})
         for state in before:
             state.clear()  # thin layers hold the old one, which would live on beside the new one
-        for (i, _), p in zip(theirs, ours):
+        for (i, _), (p, _) in zip(theirs, ours):
             copied = {k: x.to(p.device, copy=True) for k, x in saved[i].items() if torch.is_tensor(x)}
             self.state[p] = {**saved[i], **copied}
         self.arm()
