@@ -422,6 +422,16 @@ def test_exact_is_galore_torch():
     assert apart(ps, qs) < 1e-5 and apart(ps, parameters(*shapes)) > 0.01
 
 
+def test_exact_goes_on_after_a_bad_gradient():
+    """A gradient that is not finite, in a step in which an SVD is due, leaves everything as it is."""
+    (p,), (q,) = parameters((16, 24)), parameters((16, 24))
+    opt, p.grad = Exact([dict(params=[p], rank=4)], lr=0.01), torch.full((16, 24), math.nan)
+    opt.step()
+    assert apart([p], [q]) == 0 and int(opt.skipped) == 1
+    walk([opt], [[p]], 1)
+    assert p.isfinite().all() and apart([p], [q]) > 1e-3
+
+
 def test_transposed_matrices_take_transposed_steps():
     """W and W' move alike, subspace, refresh and all."""
     ps = parameters((16, 40))
@@ -586,15 +596,15 @@ def test_what_gets_no_rank_is_named():
     but not embedding, head, norms and biases. Conv1D gets the rank. Where nothing does, a sentence says
     why."""
     model = Net()
-    model.layers.extend([nn.ModuleDict(dict(gate=nn.Linear(24, 1), up=nn.Linear(24, 40))), Conv1D(24, 40)])
+    model.layers.extend([nn.ModuleDict(dict(gate=nn.Linear(24, 8), up=nn.Linear(24, 40))), Conv1D(24, 40)])
     model.layers[3].experts = nn.Parameter(torch.zeros(4, 24, 40))
     with pytest.warns(UserWarning) as said:
         *blocks, rest = param_groups(model, 8)
     GaLoreAdamW([*blocks, rest])
-    share = (24 + 4 * 24 * 40) / sum(p.numel() for p in model.parameters())
+    share = (8 * 24 + 4 * 24 * 40) / sum(p.numel() for p in model.parameters())
     assert [str(warning.message) for warning in said] == [
         f"{share:.1%} of the parameters are matrices in blocks and get no rank: "
-        "layers.*.experts (4, 24, 40), layers.*.gate.weight (1, 24)"]  # fmt: skip
+        "layers.*.experts (4, 24, 40), layers.*.gate.weight (8, 24)"]  # fmt: skip
     ranked = {p for group in blocks for p in group["params"]}
     assert {model.layers[3].up.weight, model.layers[4].weight} < ranked
     with warnings.catch_warnings():
