@@ -93,9 +93,9 @@ class ThinModule(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
-        (out, into), state = self.weight.shape, self.galore
-        P, M = ((state[name], state.get(scale_key(name))) for name in "PM")
-        stored = *P, *(M if self.wants_Y else (None, None))
+        out, into = self.weight.shape
+        names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
+        stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
         link = ThinLinear.apply(x, self.proxy, out, out >= into, self.checkpointed, *stored)
         return Tap.apply(F.linear(x, self.weight.detach(), self.bias), link)
 
