@@ -185,6 +185,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     for k in ("rank", "update_proj_gap", "galore_scale", "direction", "exact"):
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
+    check(not args.exact or not args.layerwise, "--exact takes an SVD of full gradients, which --layerwise "
+          "never forms: leave one of the two out")
     at_once = (args.batch_size or 1) * world()
     check(args.total_batch_size % at_once == 0, f"--total_batch_size {args.total_batch_size} is not a "
           f"multiple of --batch_size {args.batch_size or 1} times {world()} process(es)")
@@ -199,7 +201,9 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
         config = Config(vocab, max_position_embeddings=positions, **SIZES[args.size])
-    args.vocab_size = config.vocab_size
+    args.vocab_size, short = config.vocab_size, config.num_key_value_heads * config.head_dim
+    check(not args.galore or args.rank < min(short, config.hidden_size), f"--rank {args.rank} is too high for "
+          f"the model's matrices, the smallest of which has a side of {short}")
     return args, config, checkpoint
 
 
@@ -403,7 +407,7 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     check(highest(same) == -highest(-same), "the processes do not agree: start all with the same arguments, "
           "and --resume from the same checkpoint, in a folder that they share or a copy of it")
     tokenizer = get_tokenizer(args.tokenizer)
-    tokenizer.encode(args.sample)  # raises now what it would raise after the last step
+    check(len(tokenizer.encode(args.sample)), "--sample is empty")  # encode raises now, not after the run
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
     where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
