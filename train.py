@@ -166,7 +166,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     parser, checkpoint, run = arguments(), None, {}
     typed, _ = parser.parse_known_args(words)
     if typed.resume:
-        check(typed.out_dir, "--resume needs --out_dir, the folder of the run to go on with")
+        check(typed.out_dir, "--resume needs --out_dir, the folder of the run")
         checkpoint = read_checkpoint(Path(typed.out_dir))
         run = checkpoint["args"]
     old = {k: v for k, v in run.items() if k in typed}
@@ -185,11 +185,9 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     for k in ("rank", "update_proj_gap", "galore_scale", "direction", "exact"):
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
-    check(not args.exact or not args.layerwise, "--exact takes an SVD of full gradients, which --layerwise "
-          "never forms: leave one of the two out")
-    at_once = (args.batch_size or 1) * world()
-    check(args.total_batch_size % at_once == 0, f"--total_batch_size {args.total_batch_size} is not a "
-          f"multiple of --batch_size {args.batch_size or 1} times {world()} process(es)")
+    check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
+    check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
+          f"{args.total_batch_size} is no multiple of --batch_size {args.batch_size} x {world()} process(es)")
     if checkpoint:
         config = Config(**checkpoint["config"])
     elif args.init:
@@ -201,14 +199,13 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
         config = Config(vocab, max_position_embeddings=positions, **SIZES[args.size])
-    args.vocab_size, short = config.vocab_size, config.num_key_value_heads * config.head_dim
-    check(not args.galore or args.rank < min(short, config.hidden_size), f"--rank {args.rank} is too high for "
-          f"the model's matrices, the smallest of which has a side of {short}")
+    short = min(config.hidden_size, config.num_key_value_heads * config.head_dim)
+    check(not args.galore or args.rank < short, f"--rank {args.rank} is not below {short}, the shortest side")
+    args.vocab_size = config.vocab_size
     return args, config, checkpoint
 
 
 # ----- memory, before any of it is taken --------------------------------------------------------------------
-
 def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict[str, float]:
     """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
     def build(blocks):
@@ -328,8 +325,7 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
 
 
 def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> dict | None:
-    """To the last step, or to where it is asked to end, or has a problem. Returns the validation of the end,
-    None if it was not reached."""
+    """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
     past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
     saved, streak, told = step if checkpoint else -1, 0, 0.0  # step 0 is saved, too
@@ -344,9 +340,8 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                 log.write(scores)
                 tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
                      "{bits_per_byte:.4f} bits per byte".format(**scores))
-            if not last:
-                batches = brake.fetch(
-                    lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
+            batches = None if last else brake.fetch(
+                lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
         finished = last and scores.get("step") == step
         # Not among skipped steps: the newest checkpoint is from before them.
         due = finished or not streak and (batches is None or step % args.save_every == 0)
@@ -366,13 +361,12 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             dist.all_reduce(loss.div_(world()))
         step += 1
 
-        numbers = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)])
-        loss, norm, bad = numbers.tolist()  # the one place where the host waits for the device
+        # Here, and only here, the host waits for the device.
+        loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
         streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
-        unit = 1 if sys.platform == "darwin" else 1024
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else process
-        line = dict(step=step, tokens=stream.seen, loss=loss, lr=opt.param_groups[-1]["lr"],
+        peak, unit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 1 if sys.platform == "darwin" else 1024
+        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak * unit
+        line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
                     grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
                     memory_gb=round(peak / 1e9, 3), skipped=skipped)
         log.write(line)
@@ -381,8 +375,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
                  "{skipped} steps skipped, {:.1f} hours left".format(args.steps, hours, **line))
         if streak > 20:
-            brake.problem = (f"the gradients of {streak} steps in a row were not finite "
-                             "(in the data, or a learning rate too high)")
+            brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
     if finished:
         if saved < step:
             brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
@@ -392,7 +385,6 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
 
 
 def kept(args: argparse.Namespace) -> dict:
-    """The arguments of the run, without those of this start."""
     return {k: v for k, v in vars(args).items() if k not in PER_START}
 
 
@@ -410,9 +402,9 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     check(len(tokenizer.encode(args.sample)), "--sample is empty")  # encode raises now, not after the run
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
-    where = dict(data_dir=args.data_dir, data_url=args.data_url, keep_shards=args.keep_shards)
-    stream = open_data(args.data, tokenizer, "train", args.seq_len, state=place or None, **where)
-    val = open_data(args.data, tokenizer, "val", args.seq_len, **where)
+    where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
+    stream = open_data(args.data, tokenizer, "train", *where, state=place or None)
+    val = open_data(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
     if args.init and not checkpoint:
