@@ -364,8 +364,9 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
         # Here, and only here, the host waits for the device.
         loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
         streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
-        peak, unit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 1 if sys.platform == "darwin" else 1024
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak * unit
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
         line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
                     grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
                     memory_gb=round(peak / 1e9, 3), skipped=skipped)
