@@ -2986,8 +2986,8 @@ def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
         pytest.skip("NANO_GALORE_DATA (a folder with c4/ and tiktoken_cache/) is not set")
     folder = Path(os.environ["NANO_GALORE_DATA"])
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "tiktoken_cache"))
-    options = ("--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 --eval_tokens 256 "
-               "--dtype bfloat16 --state_bits 8 --device cpu --seq_len 64")
+    options = ("--size 60m --galore --rank 128 --steps 2 --total_batch_size 2 --batch_size 1 "
+               "--eval_tokens 256 --dtype bfloat16 --state_bits 8 --device cpu --seq_len 64")
     output, code = run_here(monkeypatch, tmp_path, capsys, *options.split(), "--data", folder / "c4",
                             "--data_dir", tmp_path / "tokens")
     assert code == 0, output

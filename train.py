@@ -138,7 +138,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in --out_dir")
     add("--sample", metavar="PROMPT", help="what the sample at the end begins with")
     add("--seed", type=within(0, 2**63 - 1), help="of weights and rounding")
-    add("--device", choices=there, default=there[0], help="which")
+    add("--device", choices=there, default=there[0], help="of those there are")
     add("--plan", action="store_true", help="print the memory that a step takes, and leave")
     return parser
 
@@ -206,6 +206,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
 
 
 # ----- memory, before any of it is taken --------------------------------------------------------------------
+
 def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict[str, float]:
     """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
     def build(blocks):
