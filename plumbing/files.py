@@ -34,8 +34,10 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 # ----- checkpoints ------------------------------------------------------------------------------------------
 
 def save(folder: Path, keep: int, **what) -> bool:
-    """Writes checkpoint-STEP.pt without a copy of its tensors, and deletes all but the `keep` newest. False,
-    and a line to the user, if the disk does not take it."""
+    """The first process writes checkpoint-STEP.pt without a copy of its tensors, and deletes all but the
+    `keep` newest. False, and a line to the user, if the disk does not take it."""
+    if RANK:
+        return True
     part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,9 +121,8 @@ class Log:
         self.lock, lines = lock(folder), []
         if kept and self.path.exists():
             lines = [line for line in self.path.read_bytes().splitlines(True)[:kept] if line.endswith(b"\n")]
-        part = self.path.with_suffix(".part")
-        part.write_bytes(b"".join(lines))
-        part.replace(self.path)
+        with open(self.path, "ab") as file:
+            file.truncate(sum(map(len, lines)))
         self.lines = len(lines)
 
     def write(self, line: dict | None = None) -> bool:
