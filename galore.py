@@ -312,7 +312,7 @@ class GaLoreAdamW(Stored):
 
 
 class Exact(GaLoreAdamW):
-    """The paper and its code to the letter. An SVD of G makes P before G is projected, in steps 1, T + 1, ...,
+    """The paper and its code to the letter. An SVD of G makes P before G is projected, in steps 1, T + 1, ...
     skipped or not. P is never in 8 bits. Moments do not rotate. Weights are rounded to nearest."""
 
     exact = True

@@ -78,7 +78,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def within(least, most=1e18):
+def within(least, most=1e38):
     """A type for argparse: a number from `least` to `most`, whole if `least` is."""
     def number(word):
         value = type(least)(word)
@@ -186,6 +186,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
     check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
+    check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
           f"{args.total_batch_size} is no multiple of --batch_size {args.batch_size} x {world()} process(es)")
     if checkpoint:
@@ -227,8 +228,12 @@ def fit(args: argparse.Namespace, config: Config) -> None:
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
     sizes = [args.batch_size] if args.batch_size else sizes
-    if not args.plan and (args.batch_size or not gpu):
+    if not args.plan and (not gpu or args.batch_size and ways[0] is not None):
         args.batch_size, args.activation_checkpointing = sizes[-1], bool(ways[0])
+        tokens = args.steps * args.total_batch_size * args.seq_len
+        years = 2e-18 * Llama(config, "meta").num_parameters() * tokens  # 6 operations each, 1e11 a second
+        check(gpu or years < 1, f"no GPU was found, and on a CPU this would take about {years:,.0f} years: "
+              "take a smaller --size or fewer --steps")
         return
     free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
     try:
@@ -236,8 +241,8 @@ def fit(args: argparse.Namespace, config: Config) -> None:
             partial(plan, args, config), sizes, ways if ways[0] is not None else [False, True], free,
             CHUNK_LOGITS // config.vocab_size // args.seq_len)
     except (ImportError, RuntimeError) as error:  # another torch, or a model whose steps depend on values
-        raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size, and do "
-                         "without --plan") from error
+        raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
+                         "--activation_checkpointing or its --no- form, and do without --plan") from error
     need, args.batch_size, args.activation_checkpointing = sum(table.values()), size, way
     if args.plan:
         print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
@@ -333,6 +338,13 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
     start, began, brake.idle = step, time.perf_counter(), False
 
+    def save_now() -> int:
+        done = step > saved and log.write() and save(
+            Path(args.out_dir), args.keep, model=model.state_dict(), optimizer=opt.state_dict(), step=step,
+            data=position, skipped=skipped, scores=scores, log_lines=log.lines, config=asdict(model.config),
+            args=kept(args))
+        return step if done else saved
+
     while True:
         position, last, batches = stream.state_dict(), step >= args.steps, None
         with suppress(Stop):
@@ -341,17 +353,13 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                 log.write(scores)
                 tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
                      "{bits_per_byte:.4f} bits per byte".format(**scores))
+            if not last and not streak and step % args.save_every == 0:
+                saved = save_now()  # not among skipped steps: the newest checkpoint is from before them
             batches = None if last else brake.fetch(
                 lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
         finished = last and scores.get("step") == step
-        # Not among skipped steps: the newest checkpoint is from before them.
-        due = finished or not streak and (batches is None or step % args.save_every == 0)
-        if due and step > saved and log.write():
-            done = save(Path(args.out_dir), args.keep, model=model.state_dict(), optimizer=opt.state_dict(),
-                        step=step, data=position, skipped=skipped, scores=scores, log_lines=log.lines,
-                        config=asdict(model.config), args=kept(args))
-            saved = step if done else saved
         if batches is None:
+            saved = save_now() if finished or not streak else saved
             break
 
         begun = time.perf_counter()
@@ -437,6 +445,11 @@ def main() -> None:
         fit(args, config)
         if args.plan:
             return
+        try:
+            args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
+        except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
+            args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
+            tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
         model, opt, stream, val, log = begin(args, config, checkpoint)
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; torchrun ends the others
