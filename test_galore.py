@@ -828,6 +828,26 @@ def test_no_full_gradient_is_ever_made():
     assert watch.seen > 1000
 
 
+def test_where_the_input_is_projected_it_is_not_kept():
+    """Of x the backward pass finds x P alone, r values per token, but in a step in which P is due."""
+    layer, x = nn.Linear(24, 40, bias=False), torch.randn(7, 24, requires_grad=True)
+    opt = GaLoreAdamW([dict(params=[layer.weight], rank=4)])
+    thin(layer, opt)
+    kept = []
+
+    def keep(t):
+        kept.append(t.data_ptr())
+        return t
+
+    for due in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = layer(x)
+        assert (x.data_ptr() in kept) == due == (layer.weight in opt.turning)
+        y.sum().backward()
+        opt.step()
+
+
 @pytest.mark.parametrize("way", ["plain", "thin", "muon"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])  # the last is finite, but its square is not

@@ -330,6 +330,13 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
                 bits_per_byte=loss / math.log(2) / val.bytes_per_token)
 
 
+def most_memory() -> int:
+    """Bytes at the fullest moment so far: of tensors on a GPU, or of the whole process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> dict | None:
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
     past = checkpoint or dict(step=0, skipped=0, scores={})
@@ -373,12 +380,9 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
         # Here, and only here, the host waits for the device.
         loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
         streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
         line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
                     grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
-                    memory_gb=round(peak / 1e9, 3), skipped=skipped)
+                    memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
         log.write(line)
         if step == args.steps or now - told > 10:
             told, hours = now, (now - began) / (step - start) * (args.steps - step) / 3600
