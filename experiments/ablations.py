@@ -99,8 +99,8 @@ class Watch:
         self.write, self.rotate, self.prepare = galore.move_, galore.rotate, train.prepare
         galore.move_, galore.rotate, train.prepare = self.on_write, self.on_rotate, self.on_prepare
 
-    def on_prepare(self, model, args):
-        self.opt = self.prepare(model, args)
+    def on_prepare(self, *given):
+        self.opt = self.prepare(*given)
         return self.opt
 
     def on_write(self, w, N, lr, stay, seed):
