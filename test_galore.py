@@ -160,6 +160,20 @@ def test_a_spike_long_ago_makes_no_neighbour_jump():
         assert (p - before).abs().max() < 2, t
 
 
+def test_no_codes_make_a_long_step():
+    """Whatever codes M and sqrt(V) have, N is at most 5; it is exact where it is smaller."""
+    state = adam8bit.zeros("MV", (256, 256), torch.float32, True, torch.device("cpu"))
+    state["M"] += torch.arange(256, dtype=torch.uint8)[:, None]
+    state["V"] += torch.arange(256, dtype=torch.uint8)
+    state["M_scale"] += 1.0
+    state["V_root_scale"] += 1.0
+    M, V = adam8bit.load(state, "M"), adam8bit.load(state, "V")
+    more = dict(betas=(0.9, 0.999), eps=1e-8, bias=torch.tensor([0.5, 0.1]), dtype=torch.float32)
+    N = galore.advance_(state, "MV", galore.adam, torch.zeros(256, 256), galore.ONE, YES, **more)
+    exact = 0.9 * M / 0.5 / ((0.999 * V / 0.1).sqrt() + 1e-8)
+    assert exact.abs().max() > 1e6 and torch.allclose(N, exact.clamp(-5, 5), rtol=1e-5)
+
+
 @pytest.mark.parametrize("gap", [99, 5])
 def test_small_gradients_beside_large_ones_step_as_in_fp32(gap):
     """Gradients of a block over six decades: N from 8-bit moments, refreshed or not, is near fp32's in
