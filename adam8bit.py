@@ -221,7 +221,7 @@ def advance_(state, names, direction, R, shrink, ok, **more) -> Tensor:
     """N of `direction` (galore.py) for R times `shrink`, whose moments in `state` are replaced.
     Where `ok` is False they stay, and N is zero."""
     N, *moments = direction(R.float() * shrink, *(load(state, name) for name in names), **more)
-    for name, x in zip(names, moments):
+    for name, x in zip(names, moments, strict=True):
         store(state, name, x, ok)
     if scale_key("V") in state:
         N = N.clamp(-LARGEST, LARGEST)

@@ -100,9 +100,9 @@ def rotate(state: dict[str, Tensor], names: str, new: Tensor, ok: Tensor) -> Non
 
 
 # ----- directions -------------------------------------------------------------------------------------------
-# A direction is a function of R (r x n, fp32) and its moments, and returns N and the new moments. M averages
-# R; V, if there is one, is a variance. It may ask for betas, eps, dtype (of N, and of products) and bias,
-# which is 1 - beta^t for both betas: as tensors, because a number would be compiled in.
+# A direction is a function of R (r x n, fp32) and its moments, and returns N and the new moments. All have M,
+# which averages R; V, if there is one, is a variance. It may ask for betas, eps, dtype (of N, and of
+# products) and bias, which is 1 - beta^t for both betas: as tensors, because a number would be compiled in.
 
 
 def adam(R, M, V, betas, eps, bias, **_):

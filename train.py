@@ -86,6 +86,7 @@ def within(least, most=1e38):
             raise argparse.ArgumentTypeError(f"{word} must lie between {least:g} and {most:g}")
         return value
 
+    number.__name__ = type(least).__name__  # argparse says "invalid int value"
     return number
 
 
@@ -186,10 +187,13 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
     check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
+    check(not args.exact or args.direction == "adam", "--exact is the paper to the letter: drop --direction")
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
           f"{args.total_batch_size} is no multiple of --batch_size {args.batch_size} x {world()} process(es)")
     if checkpoint:
+        step = checkpoint["step"]
+        check(step <= args.steps, f"the run has taken {step} steps, more than --steps {args.steps}")
         config = Config(**checkpoint["config"])
     elif args.init:
         config = read_config(Path(args.init))

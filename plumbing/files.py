@@ -126,13 +126,13 @@ class Log:
         self.lines = len(lines)
 
     def write(self, line: dict | None = None) -> bool:
-        """Is everything on disk, with this line? A log elsewhere, such as wandb.log(line), belongs here."""
+        """Is everything on disk, with this line? Without one it writes what waits."""
         if RANK:
             return True
         if line:
             no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
             self.waiting.append(json.dumps(line | no_number) + "\n")  # JSON has no NaN
-            self.lines += 1
+            self.lines += 1  # here wandb.log(line), and in __init__, below "if RANK", wandb.init()
         text = "".join(self.waiting).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
