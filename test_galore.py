@@ -2392,7 +2392,7 @@ WRONG = {
     "--galore --direction up": "invalid choice: 'up'",
     "--galore --exact --direction muon": "drop --direction",
     "--galore --rank 0": "--rank: 0 must lie between 1 and",
-    "--galore --rank x": "--rank: invalid number value: 'x'",
+    "--galore --rank x": "--rank: invalid int value: 'x'",
     "--galore --rank 192": "--rank 192 is not below 192",
     "--galore --exact --layerwise": "leave --layerwise out",
     "--total_batch_size 9 --batch_size 2": "9 is no multiple of --batch_size 2",
