@@ -446,7 +446,7 @@ def test_killed_twice():
     command = [sys.executable, str(HERE / "experiments" / "torture.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "2 kills" in done.stdout, done.stdout + done.stderr
-    assert "log: 14 lines, equal" in done.stdout and "3 steps are safe" in done.stdout
+    assert "log: 14 lines, equal" in done.stdout and re.search(r"[1-9]\d* steps are safe", done.stdout)
 
 
 def test_a_skipped_step_is_a_gap_in_the_curve(tmp_path):
