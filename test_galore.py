@@ -1,7 +1,7 @@
 """
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
-    pip install -r requirements.txt pytest && pytest -q                      # four minutes on two CPU cores
+    pip install -r requirements.txt pytest && pytest -q                      # seven minutes on two CPU cores
     pip install galore-torch transformers safetensors bitsandbytes tensorboard peft scikit-learn   # the
     oracles; without them their tests skip
 
@@ -1153,7 +1153,7 @@ DIFFERENT = ["experts plain", "experts thin", "tower plain", "vector thin", "ord
              "fewer thin", "gap plain", "gap thin", "none thin"]  # fmt: skip
 
 
-@pytest.mark.parametrize("case, way", map(str.split, DIFFERENT), ids=DIFFERENT)
+@pytest.mark.parametrize("case, way", [*map(str.split, DIFFERENT)], ids=DIFFERENT)
 def test_processes_with_other_gradients_end_with_one_sentence(tmp_path, way, case):
     """Where two processes use different layers in a step, or in another order, both end with one sentence and
     no weight has moved. Order and passes matter in the thin way alone, where weights move in between."""

@@ -8,6 +8,7 @@ import copy
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import cache
