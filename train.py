@@ -25,6 +25,7 @@ import time
 from argparse import BooleanOptionalAction as switch
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -389,9 +390,9 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                     memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
         log.write(line)
         if step == args.steps or now - told > 10:
-            told, hours = now, (now - began) / (step - start) * (args.steps - step) / 3600
+            told, left = now, timedelta(seconds=round((now - began) / (step - start) * (args.steps - step)))
             tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
-                 "{skipped} steps skipped, {:.1f} hours left".format(args.steps, hours, **line))
+                 "{skipped} steps skipped, {} left".format(args.steps, left, **line))
         if streak > 20:
             brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
     if finished:
