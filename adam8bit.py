@@ -14,8 +14,8 @@ A variance stored as zero, beside a momentum that is not, would make a step of M
 It happens where gradients within a block differ much, as in an embedding: most rows have none in most steps.
 Two things prevent it. N divides by sqrt(V), so that is what codes hold: V then spans 13 decades, not 6.5.
 And code 0 of sqrt(V) is read as code 1, so V is zero only where all of its block is. Where both are rounded
-the wrong way a step may still be 2.5 times too long (experiments/eight_bit.py), so N is held below 5. In
-fp32 it is below 3 in practice.
+the wrong way a step may still be 2.5 times too long, so N is held at 5. In fp32 it was below 3 in all runs of
+experiments/eight_bit.py.
 
 References: 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861 (section 2.1 blocks, 2.2 dynamic
 map, 2.3 what stays in 32 bits); bitsandbytes `create_dynamic_map`, which the map equals to the last bit;

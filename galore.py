@@ -138,8 +138,7 @@ class GaLoreAdamW(Stored):
 
     Group keys (galore-torch's, and two more):
         rank: r, below the short side of every matrix of the group; None for plain AdamW.
-        update_proj_gap: T, steps between refreshes of P. T may change at any time, for the step after the
-        next.
+        update_proj_gap: T, steps between refreshes of P. A change counts from the step after the next.
         scale: alpha.
         offset: P is due in the steps t = offset (mod T), so that groups can take turns.
         early_gap: P starts random. It is refreshed four times at the beginning, so many steps apart: at least
@@ -287,8 +286,9 @@ class GaLoreAdamW(Stored):
             projected = {p: self.project(p) for p in waiting}
             self.norms = {p: norm(R) for p, (R, _) in projected.items()}
             total = norm(torch.stack([*self.norms.values()]))
+            ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
             for p, (R, Y) in projected.items():
-                self.move(p, R, Y, total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1))
+                self.move(p, R, Y, ok, shrink)
         self.norm = norm(torch.stack([*self.norms.values()])) if self.norms else torch.zeros(())
         self.skipped = self.skipped + ~self.norm.isfinite()
         self.norms.clear()

@@ -2,8 +2,8 @@
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
     pip install -r requirements.txt pytest && pytest -q                      # seven minutes on two CPU cores
-    pip install galore-torch transformers safetensors bitsandbytes tensorboard peft scikit-learn   # the
-    oracles; without them their tests skip
+    pip install galore-torch transformers safetensors bitsandbytes peft scikit-learn   # the oracles;
+    without them their tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds tests on real text.
 """
@@ -981,6 +981,9 @@ def test_zero_grad_drops_what_has_accumulated():
     opt.zero_grad()
     trained("thin", 1, micro=2, model=two, opt=opt, start=1)
     assert weights_apart(one, two) == 0
+    two(*batch(5)).backward(), two(*batch(5)).backward()  # the weights have moved
+    opt.zero_grad(), opt.step()
+    assert opt.norm == 0
 
 
 def test_blocks_and_updates_compile_whole(monkeypatch):

@@ -174,15 +174,14 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     transformers' Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the
     model: start every process from the same weights, and R is averaged here. Checkpoint with
     use_reentrant=False. Move, cast and load the model before this call. Compile the blocks of the model, not
-    the model. A weight moves during the backward
-    pass: a learning rate set between backward() and step() counts from the next step on. A copy of a thin
-    model computes, but does not train. Hooks on a projected weight are not called, and a gradient penalty,
-    which would have a second-order term there, ends with torch's error "trying to differentiate twice".
+    the model. A weight moves during the backward pass: a learning rate that is set between backward() and
+    step() counts from the next step on. A copy of a thin model computes, but does not train. Hooks on a
+    projected weight are not called. A gradient penalty would have a second-order term there: it ends with
+    torch's error "trying to differentiate twice".
 
     Raises:
-        ValueError: the optimiser is Exact (its SVD needs the full gradient), one of them is thin already,
-        they do
-            not belong together, or the model is compiled as a whole.
+        ValueError: the optimiser is Exact (its SVD needs the full gradient), accumulate is below 1, one of
+            the two is thin already, they do not belong together, or the model is compiled as a whole.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")

@@ -1,6 +1,6 @@
 """Pre-train a LLaMA, with GaLore or without.
 
-    python train.py --size toy --data python --galore --rank 64           # two minutes on a CPU, no download
+    python train.py --size toy --data python --galore --rank 64           # minutes on a CPU, no download
     python train.py --size 60m --galore --rank 128 --data DIR             # C4's shards in DIR, or your text
     python train.py --size 7b --galore --rank 1024                        # C4 as it goes; one 24 GB GPU
     python train.py --size 7b --galore --rank 1024 --plan                 # what that takes, without taking it
@@ -39,7 +39,7 @@ import torch.distributed as dist
 
 from adam8bit import check
 from data import C4_URL, EndOfData, get_tokenizer, open_data
-from galore import DIRECTIONS, Exact, GaLoreAdamW, param_groups
+from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import CHUNK_LOGITS, SIZES, Config, Llama
 from plumbing import memory
 from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
@@ -227,8 +227,8 @@ def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.
 
 
 def fit(args: argparse.Namespace, config: Config) -> None:
-    """Sets micro-batch and checkpointing if --batch_size was not typed, on a GPU by simulating steps. A CPU
-    gets at most 8,192 tokens at once. Prints the --plan. ValueError if the run does not fit."""
+    """Sets micro-batch and checkpointing where they were not typed: on a GPU by simulating steps, on a CPU to
+    at most 8,192 tokens at once. Prints the --plan. ValueError if the run does not fit."""
     gpu, ways = args.device == "cuda", [args.activation_checkpointing]
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
@@ -245,7 +245,8 @@ def fit(args: argparse.Namespace, config: Config) -> None:
         size, way, table = memory.choose(
             partial(plan, args, config), sizes, ways if ways[0] is not None else [False, True], free,
             CHUNK_LOGITS // config.vocab_size // args.seq_len)
-    except (ImportError, RuntimeError) as error:  # another torch, or a model whose steps depend on values
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        # Another torch, or a model whose steps depend on values.
         raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
                          "--activation_checkpointing or its --no- form, and do without --plan") from error
     need, args.batch_size, args.activation_checkpointing = sum(table.values()), size, way
@@ -278,7 +279,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     groups += [dict(params=p, weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
     opt = (Exact if args.exact else GaLoreAdamW)(
         groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, seed=args.seed,
-        max_norm=args.grad_clipping or None, direction=args.direction or "adam", compile=args.compile)
+        max_norm=args.grad_clipping or None, direction=args.direction, compile=args.compile)
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
@@ -378,8 +379,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
         for group in opt.param_groups:
             group["lr"] = learning_rate(step + 1, args, group["peak_lr"])
         loss = training_step(model, opt, iter(batches), accumulate)
-        if world() > 1:
-            dist.all_reduce(loss.div_(world()))
+        average(loss)
         step += 1
 
         # Here, and only here, the host waits for the device.

@@ -462,6 +462,11 @@ def one(report) -> None:
             report.row(f"1B, {name}, failed", error=f"{type(error).__name__}: {error}"[:500])
 
 
+def named(words: list[str]) -> str:
+    """A command with files and folders by their names: where they lie is nobody's business."""
+    return " ".join(re.sub(r"^.*/", "", word.rstrip("/")) for word in words)
+
+
 def readme(report) -> None:
     """train.py as the README starts it, on real text: micro-batch and checkpointing are what it chooses for what is free."""
     args, best = report.args, Path("/dev/shm")
@@ -481,12 +486,12 @@ def readme(report) -> None:
         except subprocess.TimeoutExpired:
             report.row("stopped", seconds=within)
     whole, log = time.monotonic() - start, folder / "run" / "log.jsonl"
-    report.row("the end of what it printed", text=said.read_text()[-4000:])
+    report.row("the end of what it printed", text=said.read_text()[-4000:].replace(f"{folder}/", "").replace(args.text, Path(args.text).name))
     said.unlink()
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb")} for line in lines if "tokens_per_s" in line]
     report.row("steps", steps=steps, validation=[line for line in lines if "val_loss" in line])
-    report.row("whole command", seconds=whole, **{"exit code": code, "RAM disk": roomy, "command": " ".join(command),
+    report.row("whole command", seconds=whole, **{"exit code": code, "RAM disk": roomy, "command": named(command),
                "checkpoint GB": sum(f.stat().st_size for f in (folder / "run").glob("*.pt")) / 1e9})  # fmt: skip
     report.bar("README's command, exit code", code, "<=", 0)
     report.bar("README's command, last loss over first", steps[-1]["loss"] / steps[0]["loss"] if steps else None, "<", 1.0)
@@ -628,7 +633,7 @@ def main() -> None:
         return work(args)
 
     report, ballast = Report(args), None
-    report.all["conditions"].setdefault("commands", []).append(" ".join(["python experiments/gpu.py", *sys.argv[1:]]))
+    report.all["conditions"].setdefault("commands", []).append("python experiments/gpu.py " + named(sys.argv[1:]))
     if args.device == "cuda":
         ballast = subprocess.Popen([sys.executable, "-c", BALLAST, str(args.cap)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         report.all["conditions"]["cap"] = f"{args.cap} GiB left free by a process that holds the rest ({ballast.stdout.readline().strip()} bytes)"
