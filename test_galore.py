@@ -2394,6 +2394,7 @@ WRONG = {
     "--direction muon": "--direction has no effect",
     "--galore --direction up": "invalid choice: 'up'",
     "--galore --exact --direction muon": "drop --direction",
+    "--size 7b --galore": "on a CPU this would take about 271 years",
     "--galore --rank 0": "--rank: 0 must lie between 1 and",
     "--galore --rank x": "--rank: invalid int value: 'x'",
     "--galore --rank 192": "--rank 192 is not below 192",

@@ -235,10 +235,6 @@ def fit(args: argparse.Namespace, config: Config) -> None:
     sizes = [args.batch_size] if args.batch_size else sizes
     if not args.plan and (not gpu or args.batch_size and ways[0] is not None):
         args.batch_size, args.activation_checkpointing = sizes[-1], bool(ways[0])
-        tokens = args.steps * args.total_batch_size * args.seq_len
-        years = 2e-18 * Llama(config, "meta").num_parameters() * tokens  # 6 operations each, 1e11 a second
-        check(gpu or years < 1, f"no GPU was found, and on a CPU this would take about {years:,.0f} years: "
-              "take a smaller --size or fewer --steps")
         return
     free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
     try:
@@ -409,6 +405,10 @@ def kept(args: argparse.Namespace) -> dict:
 
 def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> tuple:
     """Model, optimiser, data, validation data, log. What can be known to be wrong is said first."""
+    tokens = args.steps * args.total_batch_size * args.seq_len
+    years = 2e-18 * Llama(config, "meta").num_parameters() * tokens  # 6 operations each, 1e11 a second
+    check(args.device != "cpu" or years < 1, "no GPU was found, and on a CPU this would take about "
+          f"{years:,.0f} years: take a smaller --size or fewer --steps")
     method = (f"galore-r{args.rank}" if args.galore else "adamw") + "-8bit" * (args.state_bits == 8)
     args.out_dir = args.out_dir or free_folder(f"out/{args.size}-{method}")
     check(args.resume or RANK or not holds_a_run(Path(args.out_dir)),

@@ -89,7 +89,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     for i, row in enumerate(rows.values()):
         axes.text(i, max(row["peak"], bottom[i]) + 1, f"{row['peak']:.1f}", ha="center", va="bottom", zorder=3, backgroundcolor="white",
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
-    for y, style, text in (24 * 2**30 / 1e9, "-", "24 GiB card: 25.8"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
+    for y, style, text in (train.CARD, "-", f"RTX 4090: {train.CARD:.1f}"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
         axes.axhline(y, color="#bf616a", linewidth=1.2, linestyle=style, zorder=0.5 if style == "-" else 2)
         axes.text(len(rows) - 0.5, y + 0.6 if style == "-" else y - 0.8, text, color="#bf616a", va="bottom" if style == "-" else "top", fontsize=8)
     axes.set_xticks(range(len(rows)), rows)
