@@ -141,7 +141,7 @@ def name_lines(axes, lines: list) -> None:
         last = max(height, last + apart)
         at = (line.get_xdata()[-1], line.get_ydata()[-1])
         axes.annotate(line.get_label(), at, (1.02, last), textcoords="axes fraction", color=line.get_color(), fontsize=8.5,
-                      va="center", arrowprops=dict(arrowstyle="-", color=line.get_color(), linewidth=0.5), annotation_clip=False)  # fmt: skip
+                      va="center", annotation_clip=False, arrowprops=dict(arrowstyle="-", color=line.get_color(), linewidth=0.5, relpos=(0, 0.5)))  # fmt: skip
 
 
 def draw(runs: list[Run], share: float, path: Path, head: str = "") -> None:
