@@ -385,7 +385,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                     grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
                     memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
         log.write(line)
-        if step == args.steps or now - told > 10:
+        if step == args.steps or now - told > min(600, 5 + (now - began) / 10):  # seldom in a long run
             told, left = now, timedelta(seconds=round((now - began) / (step - start) * (args.steps - step)))
             tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
                  "{skipped} steps skipped, {} left".format(args.steps, left, **line))
