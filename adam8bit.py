@@ -158,14 +158,14 @@ def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """x in pieces of `size` values, as (blocks, 256) if 256 divides it: then Adam compiles to one kernel.
     Views, if x is contiguous."""
     x = x.reshape(-1) if x.numel() % BLOCK else x.reshape(-1, BLOCK)
-    return x.split(max(1, size // x[:1].numel()))
+    return torch.split(x, max(1, size // x[:1].numel()))
 
 
 def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Tensor]]:
     """What is named (as "MV") in pieces of `size` values: views that can be updated one at a time."""
     views = {name: split(state[name], size) for name in names}
     scales = {key: state[key] for key in map(scale_key, names) if key in state}
-    views |= {key: scale.split(-(-size // BLOCK)) for key, scale in scales.items()}
+    views |= {key: torch.split(scale, -(-size // BLOCK)) for key, scale in scales.items()}
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 

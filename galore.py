@@ -1,40 +1,25 @@
 """
 GaLore: train every weight while Adam's moments live in a rank-r subspace of each gradient.
 
-One step, for a weight matrix W with gradient G:
-    R = P'G                                    project the gradient
-    N, M, V = adam(R, M, V)                    direction and moments, of R
-    W <- W - lr * alpha * P N                  back to full size
-    every T steps: P <- orth(G M'), and M, V rotate with it
+One step, for a weight matrix W (m x n) with gradient G, seen so that the short side is its rows:
+    R = P'G                       project the gradient                    P: m x r, P'P = I; R: r x n
+    N, M, V = adam(R, M, V)       direction and moments, of R             r x n
+    W <- W - lr * alpha * P N     back to full size                       alpha: `scale`
+    every T steps                 P <- orth(Y), and M, V rotate with it   Y = G M': m x r
 M averages P'G over past steps, so Y = G M' is about G G'P: one power iteration that starts from the old P.
-
-| symbol | meaning | shape |
-| W, G   | weight and gradient, seen so that the projected (short) side is its rows: `rows` | m x n |
-| r      | rank, r < m | |
-| P      | orthonormal basis of the subspace, P'P = I | m x r |
-| R      | projected gradient P'G | r x n |
-| M, V   | Adam's moments, of R | r x n |
-| N      | Adam's direction, M_hat / (sqrt(V_hat) + eps) | r x n |
-| Y      | G M', one power iteration towards the next P | m x r |
-| T      | steps between refreshes of P (`update_proj_gap`) | |
-| alpha  | `scale`, 0.25 in the paper | |
 
 Any model, any loop:
     opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
     loss.backward()
     opt.step(); opt.zero_grad()
 thin.py adds one line, after which G is never formed and each weight moves during the backward pass.
+A parameter without a rank is the same code with no P: plain AdamW.
 
-Made to be changed: a direction is a function and an entry in DIRECTIONS; `refresh` makes the next basis;
-`due` says when. A parameter without a rank is the same code with no P: plain AdamW.
+References: GaLore, arXiv 2403.03507, algorithms 1 and 2. Power iteration, and moments that rotate: LDAdam,
+2410.16103. Cholesky-QR: 1809.11085. Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024, 2502.16982; in a
+subspace: SUMO, 2505.24749.
 
-References: GaLore, arXiv 2403.03507, algorithms 1 and 2 (`Exact` is the paper to the letter). Warm power
-iteration, and moments that rotate with P: LDAdam, 2410.16103. Shifted Cholesky-QR: Fukaya et al., 1809.11085.
-Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024; Liu et al., 2502.16982; in a subspace: SUMO,
-2505.24749.
-
-Left out on purpose: other sides than the short one, and the two-sided P'GQ. Its Q would need a second power
-iteration and a second accumulator, to save what 8 bits save already.
+Left out on purpose: other sides than the short one, and the two-sided P'GQ, which saves what 8 bits do.
 """
 
 import re
@@ -244,32 +229,32 @@ class GaLoreAdamW(Stored):
         if ok is None:
             self.norms[p] = norm(R)
             ok = self.norms[p].isfinite()  # not R's alone: V needs squares that are finite
-        state, group = self.state[p], self.group[p]
-        run, values = (compiled, R.numel()) if self.compile else (lambda function: function, SLICE)
-        direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
+        state, group, projected = self.state[p], self.group[p], "P" in self.state[p]
+        direction, names = DIRECTIONS[self.direction if projected else "adam"]
+        run = compiled if self.compile else lambda function: function
+        size = R.numel() if self.compile and projected else SLICE  # values at a time
         state["t"] += 1  # on the host, which does not know `ok`
         bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
-        more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias)
+        more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias,
+                    dtype=p.dtype if projected else torch.float32)  # fmt: skip
         lr = torch.tensor(group["lr"])
-        stay = 1 - ok * (lr * group["weight_decay"]) if group["weight_decay"] else ONE
-
-        if "P" not in state:
-            parts = zip(split(p.view(-1), SLICE), pieces(state, names, SLICE), split(R, SLICE))
-            for i, (w, moments, part) in enumerate(parts):
-                N = run(advance_)(moments, names, adam, part, dtype=torch.float32, **more)
-                run(move_)(w, N, lr, stay, self.noise(p, i))
-            return
+        stay = 1 - ok * (lr * group["weight_decay"])
 
         parts = [(state, R)]
         if direction is adam:  # which works element by element
-            parts = zip(pieces(state, names, values), split(R, values))
-        N = [run(advance_)(moments, names, direction, part, dtype=p.dtype, **more) for moments, part in parts]
-        N = (N[0] if len(N) == 1 else torch.cat(N)).view(R.shape)
-        P = run(load)(state, "P", p.dtype)
-        A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
-        size = min(-(-len(p) // 2), -(-values // p.shape[1]))  # rows at a time: half of p at most
-        for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):
-            run(move_)(w, a @ B, lr * group["scale"], stay, self.noise(p, i))
+            parts = zip(pieces(state, names, size), split(R, size))
+        steps = (run(advance_)(moments, names, direction, part, **more) for moments, part in parts)
+        weights = split(p.view(-1), size)
+        if projected:
+            P, N = run(load)(state, "P", p.dtype), torch.empty_like(R, dtype=p.dtype)
+            for part, step in zip(split(N, size), steps):
+                part.copy_(step.view_as(part))
+            A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
+            some = min(-(-len(p) // 2), -(-size // p.shape[1]))  # rows at a time: half of p at most
+            lr, weights = lr * group["scale"], torch.split(p, some)
+            steps = (a @ B for a in torch.split(A, some))
+        for i, (w, step) in enumerate(zip(weights, steps)):
+            run(move_)(w, step, lr, stay, self.noise(p, i))
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 
@@ -347,22 +332,21 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         ValueError: nothing would get the rank.
     """
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    blocks, rest, left_out = {}, [], {}
-    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+    blocks, rest, left_out = {}, [], set()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         block = re.search(r"\.(\d+)\.", name)
         if block and p in linear and p.ndim == 2 and min(p.shape) > rank:
             blocks.setdefault(int(block[1]), []).append(p)
-            continue
-        rest.append(p)
-        if block and p.ndim > 1:
-            left_out[p] = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {tuple(p.shape)}"
+        else:
+            rest.append(p)
+            if block and p.ndim > 1:
+                left_out.add(f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {tuple(p.shape)}")
     check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
           "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
     if left_out:
-        share = sum(p.numel() for p in left_out) / sum(p.numel() for p in model.parameters())
-        names = ", ".join(dict.fromkeys(left_out.values()))
-        said = f"{share:.1%} of the parameters are matrices in blocks and get no rank: {names}"
-        warnings.warn(said, stacklevel=2)
+        warnings.warn(f"matrices in blocks that get no rank: {', '.join(sorted(left_out))}", stacklevel=2)
     T, L = update_proj_gap, len(blocks)
     common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, L // 2))
     groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]

@@ -19,14 +19,12 @@ early stopping, sweeps, trackers.
 import argparse
 import math
 import os
-import resource
 import sys
 import time
 from argparse import BooleanOptionalAction as switch
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 # Both must stand before torch is imported.
@@ -40,11 +38,11 @@ import torch.distributed as dist
 from adam8bit import check
 from data import C4_URL, EndOfData, get_tokenizer, open_data
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
-from model import CHUNK_LOGITS, SIZES, Config, Llama
-from plumbing import memory
+from model import SIZES, Config, Llama
 from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
-                            read_checkpoint, save, seal, world)
+                            most_memory, read_checkpoint, save, seal, world)
 from plumbing.hf import read_config
+from plumbing.memory import fit, peak
 from plumbing.shards import tell
 from thin import thin
 
@@ -69,7 +67,6 @@ RECIPES = {
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "dtype", "seed")  # cannot change on --resume
 PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
-CARD = 24.14  # GB for a run on an RTX 4090: of 23.64 GiB half a GB is CUDA's own, and 3% are for gaps
 
 
 # ----- the command line -------------------------------------------------------------------------------------
@@ -211,49 +208,6 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     return args, config, checkpoint
 
 
-# ----- memory, before any of it is taken --------------------------------------------------------------------
-
-def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict[str, float]:
-    """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
-    def build(blocks):
-        few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
-        few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
-        few = argparse.Namespace(**few)
-        model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
-        return model, prepare(model, few), accumulation(few)
-
-    tokens = batch_size, args.seq_len
-    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens)
-
-
-def fit(args: argparse.Namespace, config: Config) -> None:
-    """Sets micro-batch and checkpointing where they were not typed: on a GPU by simulating steps, on a CPU to
-    at most 8,192 tokens at once. Prints the --plan. ValueError if the run does not fit."""
-    gpu, ways = args.device == "cuda", [args.activation_checkpointing]
-    most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
-    sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
-    sizes = [args.batch_size] if args.batch_size else sizes
-    if not args.plan and (not gpu or args.batch_size and ways[0] is not None):
-        args.batch_size, args.activation_checkpointing = sizes[-1], bool(ways[0])
-        return
-    free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
-    try:
-        size, way, table = memory.choose(
-            partial(plan, args, config), sizes, ways if ways[0] is not None else [False, True], free,
-            CHUNK_LOGITS // config.vocab_size // args.seq_len)
-    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-        # Another torch, or a model whose steps depend on values.
-        raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
-                         "--activation_checkpointing or its --no- form, and do without --plan") from error
-    need, args.batch_size, args.activation_checkpointing = sum(table.values()), size, way
-    if args.plan:
-        print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
-        print(f"--batch_size {size}, --{'no-' * (not way)}activation_checkpointing; {free:.2f} GB are free"
-              f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
-    check(args.plan or need < free, f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a "
-          "lower --rank, --state_bits 8, --activation_checkpointing, or a smaller --size")
-
-
 # ----- training ---------------------------------------------------------------------------------------------
 
 def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
@@ -298,6 +252,20 @@ def accumulation(args: argparse.Namespace) -> int:
     return args.total_batch_size // (args.batch_size * world())
 
 
+def plan(args, config: Config, batch_size: int, checkpointing: bool, run=peak) -> dict[str, float]:
+    """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
+    few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
+    few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
+    few = argparse.Namespace(**few)
+
+    def build(blocks):
+        model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
+        return model, prepare(model, few), accumulation(few)
+
+    tokens = batch_size, args.seq_len
+    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens)
+
+
 def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
     """A step on `accumulate` micro-batches (x, y). Their mean loss stays on the device: nothing waits."""
     device, total = model.lm_head.weight.device, 0.0
@@ -330,13 +298,6 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
     loss = float(total) / count
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), val_tokens=count,
                 bits_per_byte=loss / math.log(2) / val.bytes_per_token)
-
-
-def most_memory() -> int:
-    """Bytes at the fullest moment so far: of tensors on a GPU, or of the whole process."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> dict | None:
@@ -430,6 +391,11 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
         model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(args.device)
     else:
         model = Llama(config, args.device, getattr(torch, args.dtype))
+    try:
+        args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
+    except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
+        args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
+        tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
@@ -442,8 +408,16 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     return model, opt, stream, val, log
 
 
+def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
+    """Shows what was learnt: three texts that begin with --sample, of lengths that were seen in training."""
+    prompt = torch.tensor([tokenizer.encode(args.sample).tolist()] * 3, device=args.device)
+    length = max(16, min(200, args.seq_len - prompt.size(1)))
+    draw = torch.Generator(prompt.device).manual_seed(args.seed)
+    texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)
+    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
+
+
 def main() -> None:
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     brake = Brake()
     try:
         args, config, checkpoint = settle()
@@ -451,14 +425,9 @@ def main() -> None:
             if args.device == "cuda":
                 torch.cuda.set_device(LOCAL_RANK)
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        fit(args, config)
+        fit(args, config, plan)
         if args.plan:
             return
-        try:
-            args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
-        except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
-            args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
-            tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
         model, opt, stream, val, log = begin(args, config, checkpoint)
     except (ValueError, OSError) as error:
         time.sleep(3 * bool(RANK))  # the first process speaks for all; torchrun ends the others
@@ -467,11 +436,7 @@ def main() -> None:
         return tell("interrupted before the first step: there is nothing to save")
     scores = train(model, opt, args, checkpoint, stream, val, log, brake)
     if scores and math.isfinite(scores["val_loss"]) and RANK == 0:
-        prompt = torch.tensor([stream.tokenizer.encode(args.sample).tolist()] * 3, device=args.device)
-        length = max(16, min(200, args.seq_len - prompt.size(1)))  # the positions seen in training
-        draw = torch.Generator(prompt.device).manual_seed(args.seed)
-        texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)
-        tell("sample:\n" + "\n\n".join(stream.tokenizer.decode(text.tolist()) for text in texts))
+        sample(model, stream.tokenizer, args)
     log.close()
     if world() > 1:
         highest(0)  # none leaves before the checkpoint is written: torchrun would end the others

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from model import Config  # noqa: E402
-from plumbing.memory import simulate  # noqa: E402
+from plumbing.memory import CARD, simulate  # noqa: E402
 
 HERE = Path(__file__).parent
 GALORE = "--size 7b --galore --rank 1024 --state_bits 8"
@@ -53,7 +53,7 @@ def settled(options: str) -> tuple[argparse.Namespace, Config]:
     words += [] if "--dtype" in options else ["--dtype", "bfloat16"]
     try:
         args, config, _ = train.settle(words)
-        train.fit(args, config)
+        train.fit(args, config, train.plan)
     except ValueError as error:
         train.arguments().error(str(error))
     return args, config
@@ -89,7 +89,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     for i, row in enumerate(rows.values()):
         axes.text(i, max(row["peak"], bottom[i]) + 1, f"{row['peak']:.1f}", ha="center", va="bottom", zorder=3, backgroundcolor="white",
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
-    for y, style, text in (train.CARD, "-", f"RTX 4090: {train.CARD:.1f}"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
+    for y, style, text in (CARD, "-", f"RTX 4090: {CARD:.1f}"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
         axes.axhline(y, color="#bf616a", linewidth=1.2, linestyle=style, zorder=0.5 if style == "-" else 2)
         axes.text(len(rows) - 0.5, y + 0.6 if style == "-" else y - 0.8, text, color="#bf616a", va="bottom" if style == "-" else "top", fontsize=8)
     axes.set_xticks(range(len(rows)), rows)

@@ -88,7 +88,7 @@ def main() -> None:
     random.seed(0)
     options, config, _ = train.settle(f"--size {args.size} --galore --seq_len 256 --tokenizer gpt2 --device {args.device} --batch_size {args.batch_size} "
                                       f"--total_batch_size {args.batch_size}".split())  # fmt: skip
-    train.fit(options, config)
+    train.fit(options, config, train.plan)
     model = Llama(config, options.device, getattr(torch, options.dtype))
     opt, tokens = train.prepare(model, options), args.batch_size * 256
     tokenizer = data.get_tokenizer(args.tokenizer)

@@ -13,7 +13,9 @@ import fcntl
 import json
 import math
 import os
+import resource
 import signal
+import sys
 import time
 import zlib
 from contextlib import suppress
@@ -216,3 +218,10 @@ class Brake:
         if highest(self.asked > 0 or self.problem != ""):
             raise Stop
         return result
+
+
+def most_memory() -> int:
+    """Bytes at the fullest moment so far: of tensors on a GPU, or of the whole process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -10,10 +10,15 @@ It is linear in the micro-batch, too, from a whole chunk of the loss on. Smaller
 
 Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes less than this.
 """
+from functools import cache, partial
 from unittest import mock
 
 import torch
 
+from model import CHUNK_LOGITS, Config
+from plumbing.files import highest, world
+
+CARD = 24.14  # GB for a run on an RTX 4090: of 23.64 GiB half a GB is CUDA's own, and 3% are for gaps
 KINDS = {"weights": ("Parameter", "Buffer"), "state": ("Other",), "gradients": ("Gradient",),
          "activations": ("Activation",), "temporaries": ("Temp", "Optstate")}
 
@@ -22,6 +27,12 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     """The fused kernel. For meta tensors torch would take its slow one, which keeps a T x T matrix."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def few_slices(x, size, dim=0, split=torch.split):
+    """Of many equal slices, which are updated one after the other, three tell what one of them takes."""
+    parts = split(x, size, dim)
+    return parts if len(parts) <= 8 else (*parts[:2], parts[-1])
 
 
 def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[tuple, dict[str, float]]:
@@ -49,6 +60,7 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
     tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
+          mock.patch("torch.split", few_slices),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         model, opt, micro_batches = build(blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
@@ -114,3 +126,35 @@ def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) ->
         if fits(table):
             break
     return size, way, table
+
+
+def fit(args, config: Config, plan) -> None:
+    """Sets args.batch_size and args.activation_checkpointing where they are None: on a GPU by simulating
+    steps, on a CPU to at most 8,192 tokens at once. Prints the plan if args.plan is set.
+
+    plan(args, config, batch_size, checkpointing): GB by kind of a step. Raises ValueError if the run does not
+    fit, or no step can be simulated."""
+    gpu, ways = args.device == "cuda", [args.activation_checkpointing]
+    most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
+    sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
+    sizes = [args.batch_size] if args.batch_size else sizes
+    if not args.plan and (not gpu or args.batch_size and ways[0] is not None):
+        args.batch_size, args.activation_checkpointing = sizes[-1], bool(ways[0])
+        return
+    free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
+    try:
+        size, way, table = choose(
+            cache(partial(plan, args, config)), sizes, ways if ways[0] is not None else [False, True], free,
+            CHUNK_LOGITS // config.vocab_size // args.seq_len)
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        # Another torch, or a model whose steps depend on values.
+        raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
+                         "--activation_checkpointing or its --no- form, and do without --plan") from error
+    need, args.batch_size, args.activation_checkpointing = sum(table.values()), size, way
+    if args.plan:
+        print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
+        print(f"--batch_size {size}, --{'no-' * (not way)}activation_checkpointing; {free:.2f} GB are free"
+              f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
+    elif need >= free:
+        raise ValueError(f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a lower --rank, "
+                         "--state_bits 8, --activation_checkpointing, or a smaller --size")
