@@ -16,12 +16,13 @@ Each block can be compiled on its own: `block.compile(fullgraph=True)`. A compil
 formulas. It fuses these by itself, and torch 2.11 keeps a Function's outputs in a compiled checkpoint.
 
 References: LLaMA (arXiv 2302.13971), GaLore Table 5 (2403.03507) and MobileLLM (2402.14905) for the sizes,
-RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245).
+RMSNorm (1910.07467), RoPE (2104.09864), its scaling (2306.15595; Llama 3: 2407.21783), SwiGLU (2002.05202),
+grouped-query attention (2305.13245).
 
-Left out on purpose: dropout, biases, sliding windows, scaled RoPE, padding, attention masks, ignored targets,
-beam search, quantised weights. Hugging Face folders are read and written by plumbing/hf.py.
+Left out on purpose: dropout, biases, sliding windows, YaRN, padding, attention masks, ignored targets, beam
+search, quantised weights. Hugging Face folders are read and written by plumbing/hf.py.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Config:
     head_dim: int | None = None             # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = field(default=None, hash=False)     # rope_type "linear" or "llama3": see rope
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048     # only carried along: RoPE is computed for whatever length comes
 
@@ -105,6 +107,11 @@ def rope(start: int, end: int, config: Config, device: torch.device) -> tuple[Te
     all blocks: .to(bfloat16) would round a buffer, .to_empty() would leave it blank."""
     D = config.head_dim
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    s, keep = config.rope_scaling or dict(factor=1), 0.0    # keep: how much of a frequency is not divided
+    if "low_freq_factor" in s:    # llama3: all of one that made enough turns in the original length
+        turns = frequency * s["original_max_position_embeddings"] / (2 * torch.pi)      # (D/2,)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    frequency = frequency * (keep + (1 - keep) / s["factor"])
     angle = torch.outer(torch.arange(start, end, dtype=torch.float32, device=device), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 

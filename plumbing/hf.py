@@ -25,6 +25,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")    # the first that exists is read
 
 
+ROPE = dict(default=(), linear=("factor",), llama3=(    # rope_type: the fields that it needs
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+
+
 # ----- In ---------------------------------------------------------------------------------------------------
 
 def read_json(path: Path) -> dict:
@@ -45,11 +49,16 @@ def read_config(folder: str | os.PathLike) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    raw = dict(model_type=None, rope_type=rope.get("rope_type", rope.get("type", "default"))) | raw | rope
+    kind = rope.get("rope_type", rope.get("type", "default"))    # "type" is the older name
+    if kind not in ROPE or not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
+        raise ValueError(f"{path}: rope_type is {kind!r} with {rope}, but this model implements only "
+                         f"{', '.join(ROPE)}, with {', '.join(ROPE['llama3'])} where it needs them.")
+    scaling = None if kind == "default" else dict(rope_type=kind) | {key: rope[key] for key in ROPE[kind]}
+    raw = dict(model_type=None) | raw | rope | dict(rope_scaling=scaling)
     if raw["model_type"] == "mistral":    # LLaMA with a sliding window, which its config may switch off
         raw = dict(num_key_value_heads=8, sliding_window=4096) | raw | dict(model_type="llama")
     implemented = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-                       rope_type="default", sliding_window=None, quantization_config=None)
+                       partial_rotary_factor=1.0, sliding_window=None, quantization_config=None)
     for key, value in implemented.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, but this model implements only {value!r}.")
@@ -119,7 +128,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     config = asdict(model.config) | dict(
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", attention_bias=False,
-        mlp_bias=False, rope_scaling=None, torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
+        mlp_bias=False, torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
         bos_token_id=None, eos_token_id=None)    # the tokenizer's business; transformers would assume 1 and 2
     # a tied head is written once, under the embedding's name
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
