@@ -14,9 +14,15 @@ chat templates. "<s>" in a text is text, like any other.
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+
+from plumbing.shards import tell
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 # Spaces, letters of one to four bytes, composed and decomposed, a ligature, a control character.
 PROBE = "  Ab\té e\u0301 ﬁ 中文😀\r\n\x01 x  \n\n the end "
@@ -117,3 +123,29 @@ def read_folder(folder: str) -> dict:
     slug = re.sub(r"\W+", "-", root.resolve().name, flags=re.ASCII)[:40]    # no dot: see Shard.token_files
     return dict(name=f"{slug}-{stamp}", pieces=pieces, eot=eot, encode=encode, bos=bos, prefix=prefix,
                 ends=ends, source=folder)
+
+
+def write_folder(tokenizer, part: Path, config: dict) -> dict[str, dict]:
+    """Copies a folder's tokenizer to `part`, or has transformers convert tiktoken's: returns its .json files
+    by name. One line tells if there are none."""
+    if tokenizer.name == "bytes":
+        tell("no tokenizer files: with --tokenizer bytes the ids are a text's bytes in UTF-8, 256 its end")
+        return {}
+    if Path(tokenizer.source).is_dir():
+        for file in filter(Path.exists, map(Path(tokenizer.source).joinpath, FILES)):
+            shutil.copyfile(file, part / file.name)
+        return {}
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        tell(f"no tokenizer files for {tokenizer.name}: to have them, pip install transformers and repeat")
+        return {}
+    from tiktoken import get_encoding
+    encoding = get_encoding(tokenizer.name)
+    converter = TikTokenConverter("", encoding._pat_str, extra_special_tokens=encoding._special_tokens)
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks    # from memory, not from a file
+    vocabulary, merges = converter.extract_vocab_merges_from_model("")    # special tokens keep their ids:
+    converter.extract_vocab_merges_from_model = lambda _: (vocabulary | encoding._special_tokens, merges)
+    return {"tokenizer.json": json.loads(converter.converted().to_str()), "tokenizer_config.json": dict(
+        tokenizer_class="PreTrainedTokenizerFast", eos_token=tokenizer.pieces[tokenizer.eot].decode(),
+        clean_up_tokenization_spaces=False, model_max_length=config["max_position_embeddings"])}
