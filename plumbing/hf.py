@@ -12,6 +12,7 @@ Left out on purpose: downloads. A config that needs what model.py leaves out is 
 """
 import json
 import os
+import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,4 +165,6 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
             made["generation_config.json"] = ends
         for name, content in made.items():
             (part / name).write_text(json.dumps(content, indent=2) + "\n")
+        for file in part.iterdir():    # safetensors writes for the owner's eyes only
+            shutil.copymode(part / "config.json", file)
         part.rename(folder)
