@@ -31,6 +31,7 @@ import tiktoken
 from tqdm import tqdm
 
 from plumbing.shards import BAD_GZIP, JSON_LINES, Shard, find_shards, sweep, tell
+from plumbing.tokenizer import read_folder
 
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/{}"
 THREADS = min(os.cpu_count() or 1, 8)
@@ -41,28 +42,34 @@ class EndOfData(Exception):
 
 
 class Tokenizer:
-    """`encode(text)`: an array of ids, "<|endoftext|>" being text like any other. `pieces[id]`: a token's
-    bytes. `n_bytes[id]`: how many of them are source text. n_vocab: before padding."""
+    """A document is [bos,] encode(prefix + text), eot. `encode`: an array of ids, "<|endoftext|>" being text
+    like any other. `pieces[id]`: a token's bytes. `n_bytes[id]`: how many of them are source text; eot's
+    takes the prefix off again. n_vocab: before padding. `ends`: all ids that end a generated text."""
 
-    def __init__(self, name: str, pieces: list[bytes], eot: int, encode):
+    def __init__(self, name: str, pieces: list[bytes], eot: int, encode, bos: int | None = None,
+                 prefix: str = "", ends: list[int] | None = None, source: str | None = None):
         self.name, self.pieces, self.eot, self.encode, self.n_vocab = name, pieces, eot, encode, len(pieces)
+        self.bos, self.prefix, self.ends, self.source = bos, prefix, ends or [eot], source or name
         self.dtype = np.dtype(np.uint16 if self.n_vocab <= 1 << 16 else np.uint32)
         self.n_bytes = np.array([len(piece) for piece in pieces])
-        self.n_bytes[eot] = 0
+        self.n_bytes[eot] = -len(prefix)
+        self.front, self.back = np.array([] if bos is None else [bos], np.int64), np.array([eot])
 
     def __reduce__(self):  # to another process it goes by its name
-        return get_tokenizer, (self.name,)
+        return get_tokenizer, (self.source,)
+
+    def document(self, text: str, begins: bool = True, ends: bool = False) -> np.ndarray:
+        """The ids of a piece of a document. A prompt is one that begins and does not end."""
+        ids = self.encode(self.prefix * begins + text)
+        return np.concatenate((self.front[:begins], ids, self.back[:ends]))
 
     def decode(self, ids) -> str:
         """Text of any ids. Those that a padded vocabulary adds stand for nothing."""
-        return b"".join(self.pieces[i] for i in map(int, ids) if i < self.n_vocab).decode(errors="replace")
+        text = b"".join(self.pieces[i] for i in map(int, ids) if i < self.n_vocab).decode(errors="replace")
+        return text.removeprefix(self.prefix)
 
     def tokenise(self, shard: Shard, file, background: bool):
         """Writes the ids of all documents of `shard`, each with one end-of-text after it, to `file`."""
-        def encode(piece):
-            text, ends = piece
-            return np.append(self.encode(text), self.eot) if ends else self.encode(text)
-
         file.truncate(0)
         wall, cpu = time.perf_counter(), time.process_time()
         pieces = (piece for source in shard.files for piece in documents(source))
@@ -70,7 +77,7 @@ class Tokenizer:
                    disable=background)
         with bar, ThreadPoolExecutor(THREADS) as pool:
             while batch := list(islice(pieces, 512)):  # never more in memory
-                ids = np.concatenate(list(pool.map(encode, batch)))
+                ids = np.concatenate(list(pool.map(lambda piece: self.document(*piece), batch)))
                 file.write(ids.astype(self.dtype).tobytes())
                 bar.update(len(ids))
         tokens = file.seek(0, os.SEEK_END) // self.dtype.itemsize
@@ -86,13 +93,17 @@ class Tokenizer:
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """`bytes` (256 values, end-of-text = 256) or any encoding of tiktoken. ValueError if it cannot be had."""
+    """`bytes` (256 values, end-of-text = 256), any encoding of tiktoken, or the tokenizer of a Hugging Face
+    folder. ValueError if it cannot be had."""
     if name == "bytes":
         pieces = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         return Tokenizer(name, pieces, 256, lambda text: np.frombuffer(text.encode(), np.uint8))
     there = tiktoken.list_encoding_names()
+    if name not in there and Path(name).is_dir():
+        return Tokenizer(**read_folder(name))
     if name not in there:
-        raise ValueError(f"there is no tokenizer {name!r}; there are: bytes, {', '.join(there)}")
+        raise ValueError(f"there is no tokenizer {name!r}; there are: bytes, {', '.join(there)}, "
+                         "and any folder with a tokenizer.json")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
@@ -109,20 +120,20 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def documents(file: Path):
-    """Yields (text, whether the document ends here), but no blank line among json lines. ValueError with the
-    line or byte of what is not as it should be."""
+    """Yields (text, whether a document begins with it, whether it ends), but no blank line among json lines.
+    ValueError with the line or byte of what is not as it should be."""
     at, is_json = 0, file.name.lower().endswith(JSON_LINES)
     try:
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
             if is_json:
                 for at, line in enumerate(lines, 1):
                     if not line.isspace():  # half a surrogate pair becomes "?"
-                        yield json.loads(line)["text"].encode(errors="replace").decode(), True
+                        yield json.loads(line)["text"].encode(errors="replace").decode(), True, True
             else:
                 while piece := lines.read(1 << 16) + lines.readline():  # cut at line ends only
-                    yield piece.decode().removeprefix("\ufeff" * (at == 0)), False  # no byte order mark
+                    yield piece.decode().removeprefix("\ufeff" * (at == 0)), at == 0, False  # no order mark
                     at += len(piece)
-                yield "", True
+                yield "", at == 0, True
     except (OSError, *BAD_GZIP) as why:
         raise ValueError(f"{file} cannot be read after {'line' if is_json else 'byte'} {at}: {why}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -172,7 +183,7 @@ class Stream:
             part = " (1%, held out as there is no validation file)" if self.held and split == "val" else ""
             raise ValueError(f"the {split} data of {data} has {len(first)} tokens{part}, too few for one "
                              f"sequence of {seq_len} and its last target")
-        if not tokenizer.n_bytes[first[1:]].any():  # bits per byte divide by them
+        if tokenizer.n_bytes[first[1:]].sum() <= 0:  # bits per byte divide by them
             raise ValueError(f"the {split} data of {data} begins with empty documents: take them out")
         self.reset()
 
@@ -256,7 +267,7 @@ open_data = Stream  # reads better where it is called
 def main():
     parser = argparse.ArgumentParser(description="Fetch and tokenise data ahead of training.")
     parser.add_argument("--data", default="c4", help="c4, python, or a file or folder of json lines or text")
-    parser.add_argument("--tokenizer", default="gpt2", help="any encoding of tiktoken, or bytes")
+    parser.add_argument("--tokenizer", default="gpt2", help="bytes, an encoding of tiktoken, or a folder")
     parser.add_argument("--data_dir", help="for downloads, token files (default: beside the text, or ./data)")
     parser.add_argument("--data_url", default=C4_URL, help="where C4's files are, with {} for the name")
     parser.add_argument("--shards", type=int, default=1, help="for training; one for validation comes too")

@@ -1,5 +1,8 @@
 """LLaMA in one file: the model that GaLore trains, its loss and sampling.
 
+    python model.py RUN --prompt "def "    # goes on with a text; RUN: of train.py, or a Hugging Face folder
+    python model.py RUN --export DIR       # makes DIR, a Hugging Face folder
+
     x = embed(tokens); for each block: x += attention(norm(x)); x += mlp(norm(x)); logits = head(norm(x))
 
 Letters in the shapes at line ends
@@ -10,18 +13,16 @@ Letters in the shapes at line ends
 
 Parameters carry Hugging Face's names. Every projection is an nn.Linear called as a module: its forward can be
 swapped. Only the training loss reads lm_head.weight itself. Nothing reads a tensor's value in Python: a step
-also runs on fake tensors, and its memory is measured so, without a GPU.
-
-Each block can be compiled on its own: `block.compile(fullgraph=True)`. A compiler sees norm and MLP as plain
-formulas. It fuses these by itself, and torch 2.11 keeps a Function's outputs in a compiled checkpoint.
+also runs on fake tensors, and its memory is measured so, without a GPU. Each block can be compiled on its
+own, `block.compile(fullgraph=True)`, and then norm and MLP are plain formulas: a compiler fuses these, and
+torch 2.11 keeps a Function's outputs in a compiled checkpoint.
 
 References: LLaMA (arXiv 2302.13971), GaLore Table 5 (2403.03507) and MobileLLM (2402.14905) for the sizes,
-RMSNorm (1910.07467), RoPE (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245).
+RMSNorm (1910.07467), RoPE (2104.09864; scaled 2407.21783), SwiGLU (2002.05202), grouped queries (2305.13245).
 
-Left out on purpose: dropout, biases, sliding windows, scaled RoPE, padding, attention masks, ignored targets,
-beam search, quantised weights. Hugging Face folders are read and written by plumbing/hf.py.
+Left out on purpose: dropout, biases, sliding windows, YaRN, padding, masks, ignored targets, beam search.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Config:
     head_dim: int | None = None             # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = field(default=None, hash=False)     # rope_type "linear" or "llama3": see rope
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048     # only carried along: RoPE is computed for whatever length comes
 
@@ -105,6 +107,11 @@ def rope(start: int, end: int, config: Config, device: torch.device) -> tuple[Te
     all blocks: .to(bfloat16) would round a buffer, .to_empty() would leave it blank."""
     D = config.head_dim
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    s, keep = config.rope_scaling or dict(factor=1), 0.0    # keep: the share of a frequency left as it is
+    if low := s.get("low_freq_factor"):    # llama3: all of it, if it made enough turns in the original length
+        turns = frequency * s["original_max_position_embeddings"] / (2 * torch.pi)      # (D/2,)
+        keep = ((turns - low) / (s["high_freq_factor"] - low)).clamp(0, 1)
+    frequency = frequency * (keep + (1 - keep) / s["factor"])
     angle = torch.outer(torch.arange(start, end, dtype=torch.float32, device=device), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
@@ -227,9 +234,8 @@ def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None
 # ----- The model --------------------------------------------------------------------------------------------
 
 class Llama(nn.Module):
-    """LLaMA with random weights, made directly on `device` in `dtype`, without a second copy. On "meta", it
-    is completed by to_empty(device=...) and then init_weights(). If activation_checkpointing is set to True,
-    the backward pass recomputes each block instead of keeping its activations."""
+    """LLaMA with random weights, made on `device` in `dtype`, without a second copy. On "meta", to_empty() and
+    init_weights() complete it. activation_checkpointing = True recomputes blocks in the backward pass."""
     def __init__(self, config: Config, device: torch.device | str = None, dtype: torch.dtype = None):
         super().__init__()
         self.config, self.activation_checkpointing = config, False
@@ -248,8 +254,7 @@ class Llama(nn.Module):
         """N(0, 0.02) for matrices, and for a fork's stacked experts; 1 for norms; 0 for a fork's biases."""
         self.tie_weights()
         for name, p in self.named_parameters():
-            constant = 0 if name.endswith("bias") else 1
-            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.constant_(p, constant)
+            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.constant_(p, not name.endswith("bias"))
 
     def tie_weights(self) -> None:
         """One parameter for embedding and head, if the config says so. Needed again after to_empty()."""
@@ -273,30 +278,30 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) the mean cross-entropy in nats."""
         x = self.hidden(tokens)
-        if targets is None:
-            return self.lm_head(x)
-        return cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())   # 0-dim, fp32
+        return (self.lm_head(x) if targets is None else
+                cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten()))  # 0-dim, fp32
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Continue tokens (B, T) to (B, T + max_new_tokens). Temperature 0 takes the likeliest token; top_k
-        samples among the k likeliest. ValueError for an empty prompt, temperature < 0 or top_k < 1."""
+    def stream(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, generator: torch.Generator | None = None):
+        """Yields max_new_tokens times (B, 1): so tokens (B, T) go on. Temperature 0 takes the likeliest;
+        top_k samples among the k likeliest. ValueError if one of these is too small."""
         (B, T), c, new = tokens.shape, self.config, tokens
         if T == 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"generate needs a prompt of at least one token (got {T}), a temperature of "
-                             f"zero or more (got {temperature}) and a top_k of one or more (got {top_k}).")
+            raise ValueError(f"generate needs T, top_k > 0 and temperature >= 0: {T}, {top_k}, {temperature}")
         shape = c.num_hidden_layers, 2, B, c.num_key_value_heads, T + max_new_tokens, c.head_dim
         cache = self.lm_head.weight.new_empty(shape)                                    # (L, 2, B, KV, S, D)
         for S in range(T, T + max_new_tokens):    # new: the prompt, then one token
             logits = self.lm_head(self.hidden(new, cache[..., :S, :])[:, -1]).float()   # (B, V)
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, c.vocab_size)).values[:, -1:]] = -torch.inf
-            new = logits.argmax(dim=-1, keepdim=True)                                   # (B, 1)
-            if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat((tokens, new), dim=1)
-        return tokens
+            new = (logits.argmax(dim=-1, keepdim=True) if temperature == 0 else         # (B, 1)
+                   torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+            yield new
+
+    def generate(self, tokens: Tensor, *options, **more) -> Tensor:
+        """Tokens (B, T) and all that stream() adds to them, whose arguments it takes."""
+        return torch.cat([tokens, *self.stream(tokens, *options, **more)], dim=1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None) -> "Llama":
@@ -308,3 +313,8 @@ class Llama(nn.Module):
         """Write a folder that transformers.LlamaForCausalLM.from_pretrained opens. Errors: plumbing/hf.py."""
         from plumbing import hf
         hf.save(self, folder)
+
+
+if __name__ == "__main__":
+    from plumbing import sample
+    sample.main()

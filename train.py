@@ -105,7 +105,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--data_dir", help="for downloads and token files (default: beside the text, or ./data)")
     add("--data_url", help="where C4's files are, with {} for the name")
     add("--keep_shards", type=within(0), help="keep only so many shards on disk; 0: all")
-    add("--tokenizer", help="an encoding of tiktoken, or bytes")
+    add("--tokenizer", help="bytes, an encoding of tiktoken, or a Hugging Face folder (with --init: its own)")
     add("--vocab_size", type=count, help="default: the tokenizer's, rounded up to a multiple of 64")
     add("--seq_len", type=count, help="tokens per sequence")
     # optimiser
@@ -150,6 +150,8 @@ def defaults(said: argparse.Namespace) -> dict:
     adam, muon, full = recipe["lr"]
     if data == "python":
         recipe["tokenizer"] = "bytes"
+    if said.init:
+        recipe["tokenizer"] = os.path.join(".", said.init)  # ./gpt2 is a folder, gpt2 an encoding
     return recipe | dict(
         size=size, dtype="bfloat16" if size != "toy" and (gpu or said.plan) else "float32", data=data,
         data_url=C4_URL, keep_shards=0, galore=False, direction="adam", exact=False, layerwise=not said.exact,
@@ -196,8 +198,12 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     elif args.init:
         config = read_config(Path(args.init))
         check(not args.vocab_size, "--init brings its vocabulary along: leave --vocab_size out")
-        check(not any(Path(args.init).glob("tokenizer*")), f"{args.init} has a tokenizer, which is not read. "
-              "If --tokenizer gives the same ids, copy config.json and the weights to another folder")
+        own = os.path.join(".", args.init)
+        if typed.tokenizer and Path(own, "tokenizer.json").exists():
+            ours, theirs = get_tokenizer(args.tokenizer), get_tokenizer(own)
+            same = (ours.pieces, ours.bos, ours.eot) == (theirs.pieces, theirs.bos, theirs.eot)
+            check(same, f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on: leave it "
+                  "out")
     else:  # gpt2's size is said here, so that --plan needs no download
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
@@ -318,7 +324,8 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     while True:
         position, last, batches = stream.state_dict(), step >= args.steps, None
         with suppress(Stop):
-            if step and (last or step % args.eval_every == 0) and scores.get("step") != step:
+            wanted = last or step % args.eval_every == 0 and (step or args.init)
+            if wanted and scores.get("step") != step:
                 scores = dict(step=step, **evaluate(model, val, args, brake.fetch))
                 log.write(scores)
                 tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
@@ -410,7 +417,7 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
 
 def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     """Shows what was learnt: three texts that begin with --sample, of lengths that were seen in training."""
-    prompt = torch.tensor([tokenizer.encode(args.sample).tolist()] * 3, device=args.device)
+    prompt = torch.tensor([tokenizer.document(args.sample).tolist()] * 3, device=args.device)
     length = max(16, min(200, args.seq_len - prompt.size(1)))
     draw = torch.Generator(prompt.device).manual_seed(args.seed)
     texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)

@@ -56,7 +56,7 @@ def busy(pid: int | None = None) -> float:
 def like_c4(file: Path, text: Path | None) -> Path:
     """The text, or Python's own source, as json lines of documents of about C4's length."""
     with gzip.open(file, "wt", compresslevel=1) as f:
-        for whole, _ in data.documents(text) if text else ((source.read_text(errors="replace"), True) for source in shards.python_files("train")):
+        for whole, *_ in data.documents(text) if text else ((source.read_text(errors="replace"),) for source in shards.python_files("train")):
             f.writelines(json.dumps({"text": whole[i : i + 2200]}) + "\n" for i in range(0, len(whole), 2200))
     return file
 

@@ -1,28 +1,33 @@
 """Hugging Face folders in and out: what stands behind Llama.from_pretrained and Llama.save_pretrained.
 
-    load    config.json -> Config; weight files -> {name: tensor}; names and shapes must match the config
-    save    config.json and one weight file, written beside their names, then renamed
+    load     config.json -> Config; weight files -> {name: tensor}; names and shapes must match the config
+    save     config.json, the weights, the tokenizer's files: made in a folder beside, renamed when complete
 
 Parameters carry Hugging Face's names, so there is no table of names. A folder is read as transformers does:
 the first of WEIGHTS that exists, one file or several with an index. Nothing of a pickle is executed.
 
 References: transformers' LlamaConfig of version 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
 
-Left out on purpose: downloads, tokenizer files, writing several files. A config that needs what model.py
-leaves out is refused by the field's name.
+Left out on purpose: downloads. A config that needs what model.py leaves out is refused by the field's name.
 """
 import json
 import os
+import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from model import Config
+from plumbing.tokenizer import write_folder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")    # the first that exists is read
+FILE_BYTES = 5e9    # of weights in a file
+ROPE = dict(default=(), linear=("factor",), llama3=(    # rope_type: the fields that it needs
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
 
 
 # ----- In ---------------------------------------------------------------------------------------------------
@@ -45,11 +50,16 @@ def read_config(folder: str | os.PathLike) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    raw = dict(model_type=None, rope_type=rope.get("rope_type", rope.get("type", "default"))) | raw | rope
+    kind = rope.get("rope_type", rope.get("type", "default"))    # "type" is the older name
+    if kind not in ROPE or not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
+        raise ValueError(f"{path}: rope_type is {kind!r} with {rope}, but this model implements only "
+                         f"{', '.join(ROPE)}, with {', '.join(ROPE['llama3'])} where it needs them.")
+    scaling = None if kind == "default" else dict(rope_type=kind) | {key: rope[key] for key in ROPE[kind]}
+    raw = dict(model_type=None) | raw | rope | dict(rope_scaling=scaling)
     if raw["model_type"] == "mistral":    # LLaMA with a sliding window, which its config may switch off
         raw = dict(num_key_value_heads=8, sliding_window=4096) | raw | dict(model_type="llama")
     implemented = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-                       rope_type="default", sliding_window=None, quantization_config=None)
+                       partial_rotary_factor=1.0, sliding_window=None, quantization_config=None)
     for key, value in implemented.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, but this model implements only {value!r}.")
@@ -91,8 +101,13 @@ def read_weights(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 def load(cls: type[nn.Module], folder: str | os.PathLike, dtype: torch.dtype | None) -> nn.Module:
     """A model cls(config) with a folder's weights, on the CPU. dtype None: that of the stored head.
 
-    Raises what read_config and read_weights raise, and ValueError if the weights do not match the config."""
-    config, weights = read_config(folder), read_weights(Path(folder), dtype)
+    Raises what read_config, read_weights and assemble raise."""
+    return assemble(cls, read_config(folder), read_weights(Path(folder), dtype), folder, dtype)
+
+
+def assemble(cls: type[nn.Module], config: Config, weights: dict[str, Tensor], folder: str | os.PathLike,
+             dtype: torch.dtype | None = None) -> nn.Module:
+    """A model of these weights themselves. Raises ValueError if they do not match the config."""
     embedding = weights.get("model.embed_tokens.weight", torch.empty(0))
     if config.tie_word_embeddings and torch.equal(weights.get("lm_head.weight", embedding), embedding):
         weights.pop("lm_head.weight", None)    # a copy; another head is refused below
@@ -102,7 +117,7 @@ def load(cls: type[nn.Module], folder: str | os.PathLike, dtype: torch.dtype | N
     wrong = [f"{name} is {found.get(name, 'missing')} and should be {wanted.get(name, 'absent')}"
              for name in wanted | found if found.get(name) != wanted.get(name)]
     if wrong:
-        raise ValueError(f"The weights in {folder} do not fit its config.json: {wrong[0]}, "
+        raise ValueError(f"The weights in {folder} do not fit its config: {wrong[0]}, "
                          f"{len(wrong) - 1} more like it.")
     model.load_state_dict(weights, strict=False, assign=True)    # a tied head is not among them
     model.tie_weights()
@@ -111,31 +126,45 @@ def load(cls: type[nn.Module], folder: str | os.PathLike, dtype: torch.dtype | N
 
 # ----- Out --------------------------------------------------------------------------------------------------
 
-def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write config.json and the weights as transformers.LlamaForCausalLM.from_pretrained opens them.
-
-    The weights are model.safetensors, or pytorch_model.bin if safetensors is not installed.
-    Raises ValueError if the folder holds safetensors, which would be read in place of a new .bin."""
-    folder = Path(folder)
-    config = asdict(model.config) | dict(
+def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
+    """Make a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a data.Tokenizer is
+    given. Weights go to .safetensors, or to .bin if that package is not installed. Above 5 GB there are
+    several files with an index. Raises ValueError if the folder holds anything."""
+    folder, weights = Path(folder).resolve(), dict(model.named_parameters())    # a tied head is not named
+    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    if there or folder.is_file():
+        raise ValueError(f"{folder} is there already ({', '.join(there[:8])}): take another folder.")
+    ends = dict(bos_token_id=tokenizer and tokenizer.bos, eos_token_id=tokenizer and tokenizer.ends)
+    config = asdict(model.config) | ends | dict(    # without ends transformers would assume 1 and 2
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", attention_bias=False,
-        mlp_bias=False, rope_scaling=None, torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
-        bos_token_id=None, eos_token_id=None)    # the tokenizer's business; transformers would assume 1 and 2
-    # a tied head is written once, under the embedding's name
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        mlp_bias=False, torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."))
     try:
         from safetensors.torch import save_file
-        name = "model.safetensors"
+        stem, ending, write = "model", ".safetensors", lambda *to: save_file(*to, metadata={"format": "pt"})
     except ImportError:
-        name = "pytorch_model.bin"
-    if shadows := [other for other in WEIGHTS[:WEIGHTS.index(name)] if (folder / other).exists()]:
-        raise ValueError(f"{folder} holds {shadows[0]}, which would be read in place of a new {name}: "
-                         "take another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if name == "model.safetensors":
-        save_file(weights, folder / (name + ".tmp"), metadata={"format": "pt"})
-    else:
-        torch.save(weights, folder / (name + ".tmp"))
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for final in (name, "config.json"):    # both are complete before they get their names
-        os.replace(folder / (final + ".tmp"), folder / final)
+        stem, ending, write = "pytorch_model", ".bin", torch.save
+    files, room = [], 0
+    for name, weight in weights.items():
+        if not files or room < weight.nbytes:
+            files, room = [*files, []], FILE_BYTES
+        files[-1].append(name)
+        room -= weight.nbytes
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as beside:
+        part, places = Path(beside, "part"), {}
+        part.mkdir()
+        for i, names in enumerate(files, 1):
+            file = stem + f"-{i:05d}-of-{len(files):05d}" * (len(files) > 1) + ending
+            write({name: weights[name].detach().cpu().contiguous() for name in names}, part / file)
+            places |= dict.fromkeys(names, file)
+        made = {"config.json": config} | (write_folder(tokenizer, part, config) if tokenizer else {})
+        if len(files) > 1:
+            total = sum(weight.nbytes for weight in weights.values())
+            made[stem + ending + ".index.json"] = dict(metadata=dict(total_size=total), weight_map=places)
+        if tokenizer:
+            made["generation_config.json"] = ends
+        for name, content in made.items():
+            (part / name).write_text(json.dumps(content, indent=2) + "\n")
+        for file in part.iterdir():    # safetensors writes for the owner's eyes only
+            shutil.copymode(part / "config.json", file)
+        part.rename(folder)

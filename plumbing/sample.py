@@ -1,0 +1,101 @@
+"""The command line of model.py: goes on with a text, or exports; from a run or from a Hugging Face folder.
+
+The weights of a run stay on the disk until they are used: an export has one file's in memory at a time.
+
+Left out on purpose: chats, several prompts at once.
+"""
+import argparse
+import codecs
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data import Tokenizer, get_tokenizer
+from model import Config, Llama
+from plumbing import hf
+from plumbing.files import checkpoints, read_checkpoint
+from plumbing.shards import tell
+
+
+def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer of a run or a folder; `name` is a tokenizer that they lack. ValueError if they do
+    not go together."""
+    folder, own, run = Path(source), os.path.join(".", source), None
+    if checkpoints(folder):
+        run = read_checkpoint(folder)
+        own = run["args"]["tokenizer"]
+    elif not (folder / "config.json").exists():
+        raise ValueError(f"{source} holds no checkpoint-STEP.pt, as a run does, and no config.json")
+    tokenizer, trained = get_tokenizer(name or own), None
+    if run:
+        trained = run["data"]["tokenizer"]
+    elif name and (folder / "tokenizer.json").exists():
+        trained = get_tokenizer(own).name
+    if trained not in (None, tokenizer.name):
+        raise ValueError(f"{source} was trained with tokenizer {trained}, not with {tokenizer.name}")
+    if run:
+        model = hf.assemble(Llama, Config(**run["config"]), run["model"], source)
+    else:
+        model = hf.load(Llama, folder, None)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} ids, and the model in "
+                         f"{source} only {model.config.vocab_size:,}")
+    return model, tokenizer
+
+
+def prompt(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Prints --prompt and how it goes on, up to an end-of-text; then tokens/s."""
+    if not len(tokenizer.encode(args.prompt)):
+        raise ValueError("--prompt is empty: at least one token is needed")
+    device = torch.device(args.device)
+    tokens = torch.tensor([tokenizer.document(args.prompt).tolist()], device=device)
+    draw = torch.Generator(device)
+    draw.seed() if args.seed is None else draw.manual_seed(args.seed)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a letter may be several tokens
+    begun, count = time.perf_counter(), 0
+    sys.stdout.write(args.prompt)
+    with suppress(KeyboardInterrupt):
+        for new in model.to(device).stream(tokens, args.tokens, args.temperature, args.top_k, draw):
+            if (token := int(new)) in tokenizer.ends:
+                break
+            count += 1
+            sys.stdout.write(utf8.decode(tokenizer.pieces[token] if token < tokenizer.n_vocab else b""))
+            sys.stdout.flush()
+    print(utf8.decode(b"", final=True))
+    tell(f"{count} tokens, {count / (time.perf_counter() - begun):.1f} tokens/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        usage="python model.py RUN (--prompt TEXT | --export DIR) [options]   (--help explains them)",
+        description="Go on with a text, or export.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, there = parser.add_argument, ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + there
+    add("source", metavar="RUN", help="a folder of train.py, or of Hugging Face's form")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="goes on with it")
+    what.add_argument("--export", metavar="DIR", help="a folder to make, that transformers opens")
+    add("--tokenizer", help="if RUN lacks it or it has moved")
+    add("--tokens", type=int, default=200, help="at most so many")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    add("--top_k", type=int, help="sample among the k likeliest tokens")
+    add("--seed", type=int, help="gives the same text each time")
+    add("--device", choices=there, default=there[0], help="of those there are")
+    args = parser.parse_args()
+    try:
+        if args.tokens < 1:
+            raise ValueError(f"--tokens is {args.tokens}: at least 1")
+        model, tokenizer = read(args.source, args.tokenizer)
+        if args.export is None:
+            return prompt(model, tokenizer, args)
+        hf.save(model, args.export, tokenizer)
+        tell(f"{args.export}: {model.num_parameters():,} parameters, {model.lm_head.weight.dtype}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
