@@ -177,12 +177,9 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     if not typed.batch_size and args.batch_size and args.total_batch_size % (args.batch_size * world()):
         args.batch_size = None  # was for another total, or another number of processes
 
-    changes = {k: f"{k} was {v} and is {getattr(args, k, None)}" for k, v in run.items()
-               if getattr(args, k, None) != v}
-    fixed = "; ".join(changes[k] for k in FIXED if k in changes)
-    check(not fixed, f"{fixed}: that cannot change in the run in {args.out_dir}; take another --out_dir")
-    if changes:
-        tell("; ".join(changes.values()))
+    for k in (k for k in FIXED if k in run):
+        check(run[k] == getattr(args, k), f"{k} was {run[k]} and is {getattr(args, k)}: that cannot change "
+              f"in the run in {args.out_dir}; take another --out_dir")
     for k in ("rank", "update_proj_gap", "galore_scale", "direction", "exact"):
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
@@ -198,12 +195,10 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     elif args.init:
         config = read_config(Path(args.init))
         check(not args.vocab_size, "--init brings its vocabulary along: leave --vocab_size out")
-        own = os.path.join(".", args.init)
-        if typed.tokenizer and Path(own, "tokenizer.json").exists():
-            ours, theirs = get_tokenizer(args.tokenizer), get_tokenizer(own)
-            same = (ours.pieces, ours.bos, ours.eot) == (theirs.pieces, theirs.bos, theirs.eot)
-            check(same, f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on: leave it "
-                  "out")
+        if typed.tokenizer and Path(args.init, "tokenizer.json").exists():
+            ours, theirs = map(get_tokenizer, (args.tokenizer, os.path.join(".", args.init)))
+            check((ours.pieces, ours.bos, ours.eot) == (theirs.pieces, theirs.bos, theirs.eot),
+                  f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on: leave it out")
     else:  # gpt2's size is said here, so that --plan needs no download
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)

@@ -154,6 +154,8 @@ def conditions(args: argparse.Namespace, data: str) -> dict:
 
 
 def make_model(run: dict, device: str) -> Llama:
+    if "init" in run:  # a Hugging Face folder
+        return Llama.from_pretrained(run["init"], getattr(torch, run["dtype"])).to(device)
     vocabulary = -(-get_tokenizer(run["tokenizer"]).n_vocab // 64) * 64
     shape = dict(SIZES[run["size"]])
     if "hidden" in run:  # a width that has no name: heads of 32, MLP as the paper's, 8/3 of it
