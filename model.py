@@ -234,7 +234,7 @@ def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None
 # ----- The model --------------------------------------------------------------------------------------------
 
 class Llama(nn.Module):
-    """LLaMA with random weights, made on `device` in `dtype`, without a second copy. On "meta", to_empty() and
+    """LLaMA with random weights, made on `device` in `dtype` without a second copy. On "meta", to_empty() and
     init_weights() complete it. activation_checkpointing = True recomputes blocks in the backward pass."""
     def __init__(self, config: Config, device: torch.device | str = None, dtype: torch.dtype = None):
         super().__init__()

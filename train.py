@@ -205,8 +205,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         if typed.tokenizer and Path(own, "tokenizer.json").exists():
             ours, theirs = get_tokenizer(args.tokenizer), get_tokenizer(own)
             same = (ours.pieces, ours.bos, ours.eot) == (theirs.pieces, theirs.bos, theirs.eot)
-            check(same, f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on: leave it "
-                  "out")
+            check(same, f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on; leave "
+                  "--tokenizer out")
     else:  # gpt2's size is said here, so that --plan needs no download
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
