@@ -102,8 +102,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     if name not in there and Path(name).is_dir():
         return Tokenizer(**read_folder(name))
     if name not in there:
-        raise ValueError(f"there is no tokenizer {name!r}; there are: bytes, {', '.join(there)}, "
-                         "and any folder with a tokenizer.json")
+        raise ValueError(f"there is no tokenizer {name!r}; there are: bytes, {', '.join(there)}, or a folder")
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:

@@ -198,7 +198,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         if typed.tokenizer and Path(args.init, "tokenizer.json").exists():
             ours, theirs = map(get_tokenizer, (args.tokenizer, os.path.join(".", args.init)))
             check((ours.pieces, ours.bos, ours.eot) == (theirs.pieces, theirs.bos, theirs.eot),
-                  f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on: leave it out")
+                  f"--tokenizer {args.tokenizer} has other ids than {args.init} was trained on; leave it out")
     else:  # gpt2's size is said here, so that --plan needs no download
         tokens = 50257 if args.tokenizer == "gpt2" else get_tokenizer(args.tokenizer).n_vocab
         vocab, positions = args.vocab_size or -(-tokens // 64) * 64, max(2048, args.seq_len)
