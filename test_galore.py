@@ -3189,6 +3189,7 @@ def test_a_model_comes_in_goes_on_and_leaves(family, monkeypatch, tmp_path, caps
     refused(model_here, ". --export new", ". holds no checkpoint-STEP.pt")
     refused(model_here, "run --tokenizer bytes --prompt x", "was trained with tokenizer start-")
     refused(model_here, "run --prompt=", "--prompt is empty")
+    refused(model_here, "run --prompt x --temperature -1", "generate needs T, top_k > 0 and temperature >= 0")
     refused(run_here, f"{words} --tokenizer bytes", "--tokenizer bytes has other ids than start")
     change_config(start, vocab_size=50)
     refused(run_here, words, "smaller than that of --tokenizer ./start")
