@@ -7,7 +7,6 @@ Left out on purpose: chats, several prompts at once.
 import argparse
 import codecs
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,25 +21,21 @@ from plumbing.shards import tell
 
 
 def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer of a run or a folder; `name` is a tokenizer that they lack. ValueError if they do
-    not go together."""
-    folder, own, run = Path(source), os.path.join(".", source), None
-    if checkpoints(folder):
-        run = read_checkpoint(folder)
-        own = run["args"]["tokenizer"]
-    elif not (folder / "config.json").exists():
-        raise ValueError(f"{source} holds no checkpoint-STEP.pt, as a run does, and no config.json")
-    tokenizer, trained = get_tokenizer(name or own), None
+    """Model and tokenizer of a run or a folder. `name`: a tokenizer for a folder that has none, or for a run
+    whose tokenizer has moved. ValueError if they do not go together."""
+    folder, own = Path(source), os.path.join(".", source)    # ./gpt2 is a folder, gpt2 an encoding
+    run = read_checkpoint(folder) if checkpoints(folder) else None
     if run:
-        trained = run["data"]["tokenizer"]
-    elif name and (folder / "tokenizer.json").exists():
-        trained = get_tokenizer(own).name
-    if trained not in (None, tokenizer.name):
-        raise ValueError(f"{source} was trained with tokenizer {trained}, not with {tokenizer.name}")
-    if run:
+        tokenizer, trained = get_tokenizer(name or run["args"]["tokenizer"]), run["data"]["tokenizer"]
         model = hf.assemble(Llama, Config(**run["config"]), run["model"], source)
-    else:
+    elif (folder / "config.json").exists():
+        tokenizer, twice = get_tokenizer(name or own), name and (folder / "tokenizer.json").exists()
+        trained = get_tokenizer(own).name if twice else tokenizer.name
         model = hf.load(Llama, folder, None)
+    else:
+        raise ValueError(f"{source} holds no checkpoint-STEP.pt, as a run does, and no config.json")
+    if tokenizer.name != trained:
+        raise ValueError(f"{source} was trained with tokenizer {trained}, not with {tokenizer.name}")
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} ids, and the model in "
                          f"{source} only {model.config.vocab_size:,}")
@@ -56,16 +51,15 @@ def prompt(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None
     draw = torch.Generator(device)
     draw.seed() if args.seed is None else draw.manual_seed(args.seed)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a letter may be several tokens
-    begun, count = time.perf_counter(), 0
-    sys.stdout.write(args.prompt)
+    begun, count, text = time.perf_counter(), 0, args.prompt
     with suppress(KeyboardInterrupt):
         for new in model.to(device).stream(tokens, args.tokens, args.temperature, args.top_k, draw):
             if (token := int(new)) in tokenizer.ends:
                 break
-            count += 1
-            sys.stdout.write(utf8.decode(tokenizer.pieces[token] if token < tokenizer.n_vocab else b""))
-            sys.stdout.flush()
-    print(utf8.decode(b"", final=True))
+            text += utf8.decode(tokenizer.pieces[token] if token < tokenizer.n_vocab else b"")
+            print(text, end="", flush=True)
+            count, text = count + 1, ""
+    print(text + utf8.decode(b"", final=True))
     tell(f"{count} tokens, {count / (time.perf_counter() - begun):.1f} tokens/s")
 
 
