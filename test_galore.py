@@ -124,7 +124,9 @@ def test_small_gradients_beside_large_ones_step_as_in_fp32():
     for t in range(30):
         G = torch.randn(8, 512, generator=g) * size
         for p, opt in zip(ps, opts):
-            p.data.zero_(), setattr(p, "grad", G), opt.step()
+            p.data.zero_()
+            p.grad = G
+            opt.step()
         for i in range(6):  # each decade has half as many codes as the one above
             inside = (size <= 10.0**-i) & (size > 10.0 ** -(i + 1))
             assert (ps[0] - ps[1])[:, inside].abs().mean() < 0.015 * 2**i, (t, i)
@@ -416,15 +418,15 @@ def test_groups():
     assert ranked == {p for name, p in model.named_parameters() if name.endswith("_proj.weight")}
     assert [(g["offset"], g["early_gap"]) for g in groups[:-1]] == [(0, 2), (50, 2), (100, 2), (150, 2)]
     model = Net()
-    model.layers.extend([nn.ModuleDict(dict(gate=nn.Linear(24, 8), up=nn.Linear(24, 40))), conv1d(24, 40)])
+    model.layers.extend([nn.ModuleDict(dict(gate=nn.Linear(24, 8), up=nn.Linear(24, 40)))])
     model.layers[3].experts = nn.Parameter(torch.zeros(4, 24, 40))
     share = (8 * 24 + 4 * 24 * 40) / sum(p.numel() for p in model.parameters())
     with pytest.warns(UserWarning, match=f"{share:.1%}.*: layers.*experts.*, layers.*.gate.weight [^l]*$"):
-        *blocks, rest = param_groups(model, 8)
-    ranked = {p for group in blocks for p in group["params"]}
-    assert {model.layers[3].up.weight, model.layers[4].weight} < ranked
+        assert model.layers[3].up.weight in {*param_groups(model, 8)[-2]["params"]}
     refused(lambda: param_groups(Net(), 64), "wider than rank 64")
     refused(lambda: param_groups(Net().requires_grad_(False), 8), "unfreeze")
+    weights = {p for group in param_groups(Net(conv1d), 8)[:-1] for p in group["params"]}
+    assert len(weights) == 9
 
 
 def test_blocks_are_refreshed_in_turn():
@@ -538,7 +540,8 @@ def test_thin_equals_plain(options):
     for way, micro in (("thin", 1), ("thin", 4), ("plain", 4)):
         other, twin = trained(way, micro=micro, **options)
         assert near > 1e-5 or weights_apart(plain, other) < near
-        assert math.isclose(plain(*batch(99)), other(*batch(99)), rel_tol=near)
+        losses = [model(*batch(99)).item() for model in (plain, other)]
+        assert math.isclose(*losses, rel_tol=near)
         assert torch.allclose(opt.norm, twin.norm, rtol=max(near, 1e-4))
     assert weights_apart(plain, options.get("build", Net)()) > 0.01
     model, opt = trained("thin", 1, **options)
@@ -1271,7 +1274,6 @@ def test_one_of_two_processes_dies_and_one_goes_on(tmp_path):
 
 
 WRONG = {
-    "--size 9b": "argument --size: invalid choice: '9b'",
     "--rank 8": "--rank has no effect without --galore",
     "--galore --exact --direction muon": "drop --direction",
     "--size 7b --galore": "on a CPU this would take about 271 years",
@@ -1284,7 +1286,6 @@ WRONG = {
     "--data c4 --tokenizer bytes --keep_shards 1": "at least 2",
     "--tokenizer klingon": "no tokenizer 'klingon'",
     "--sample " + os.fsdecode(b"\xff"): "can't encode character",
-    "--frobnicate": "unrecognized arguments",
     "--resume --out_dir empty": "empty holds no checkpoint-STEP.pt",
     "--init nowhere": "does not exist: a Hugging Face checkpoint folder is needed",
 }
