@@ -535,10 +535,10 @@ IDS = ["adam", "clipped", "decay, T changes", "muon", "shared layer", "Conv1D", 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_thin_equals_plain(options):
-    """20 steps with refreshes end at the weights of loss.backward(); opt.step(). So do 4 micro-batches."""
-    (plain, opt), near = trained("plain", **options), 0.02 if "dtype" in options else 1e-5
-    for way, micro in (("thin", 1), ("thin", 4), ("plain", 4)):
-        other, twin = trained(way, micro=micro, **options)
+    """15 steps with refreshes end at the weights of loss.backward(); opt.step(). So do 4 micro-batches."""
+    (plain, opt), near = trained("plain", 15, **options), 0.02 if "dtype" in options else 1e-5
+    for micro in (1, 4):
+        other, twin = trained("thin", 15, micro, **options)
         assert near > 1e-5 or weights_apart(plain, other) < near
         losses = [model(*batch(99)).item() for model in (plain, other)]
         assert math.isclose(*losses, rel_tol=near)
@@ -705,17 +705,17 @@ def test_model_and_optimiser_are_freed():
 
 @pytest.mark.parametrize("direction", ["adam", "muon"])
 def test_updates_compile(direction, monkeypatch):
-    """torch.compile takes the 8-bit update with fullgraph=True, in both orientations, and changes nothing."""
+    """torch.compile takes the 8-bit update with fullgraph=True, and changes nothing."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
     torch._dynamo.reset()
     compiler = partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(galore, "compiled", cache(compiler))
     ends = []
     for compile in (False, True):
-        ends.append(parameters((16, 40), (40, 16), (9,)))
-        groups = [dict(params=ends[-1][:2], rank=8), dict(params=ends[-1][2:])]
+        ends.append(parameters((40, 16), (9,)))
+        groups = [dict(params=ends[-1][:1], rank=8), dict(params=ends[-1][1:])]
         walk([GaLoreAdamW(groups, direction=direction, state_bits=8, compile=compile)], [ends[-1]], 3)
-    assert apart(*ends) < 1e-4 and apart(ends[0], parameters((16, 40), (40, 16), (9,))) > 1e-3
+    assert apart(*ends) < 1e-4 and apart(ends[0], parameters((40, 16), (9,))) > 1e-3
 
 
 def test_a_training_step_has_two_graphs():
