@@ -9,7 +9,6 @@ import importlib
 import json
 import math
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -28,24 +27,15 @@ import train  # noqa: E402
 from galore import GaLoreAdamW, param_groups  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from plumbing import shards  # noqa: E402
+from test_galore import oracle, tokens  # noqa: E402, F401
 
 torch.set_num_threads(1)
 experiment = importlib.import_module    # a script of experiments/
 shards.python_files = cache(shards.python_files)    # hundreds of runs read the same files
 
 
-def oracle(name: str, pip: str):
-    return pytest.importorskip(name, reason=f"the oracle {pip} is not installed: pip install {pip}")
-
-
-@pytest.fixture(scope="session")
-def tokens(tmp_path_factory):
-    """The standard library, tokenised once for all runs."""
-    return str(tmp_path_factory.mktemp("tokens"))
-
-
 @pytest.fixture
-def main_of(tmp_path, monkeypatch, tokens):
+def main_of(tmp_path, monkeypatch, tokens):  # noqa: F811
     """Runs a script's main() with a command line, in a folder of its own with the tokens in ./data."""
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(tokens)
@@ -151,18 +141,18 @@ def test_low_rank_layers():
     lora, shape = experiment("lora"), dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     model = Llama(Config(vocab_size=64, num_attention_heads=2, **shape))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "_proj." in name}
-    tokens, adapted, factored = torch.randint(64, (2, 16)), copy.deepcopy(model), copy.deepcopy(model)
-    before, layers = model(tokens), lora.low_rank(adapted, rank=4, kind="relora")
-    assert len(layers) == len(weights) == 14 and torch.equal(adapted(tokens), before)
+    ids, adapted, factored = torch.randint(64, (2, 16)), copy.deepcopy(model), copy.deepcopy(model)
+    before, layers = model(ids), lora.low_rank(adapted, rank=4, kind="relora")
+    assert len(layers) == len(weights) == 14 and torch.equal(adapted(ids), before)
     for layer in layers:
         nn.init.normal_(layer.B, 0, 0.02)
-    old, changed = layers[0].A.clone(), adapted(tokens)
+    old, changed = layers[0].A.clone(), adapted(ids)
     assert not torch.allclose(changed, before, atol=1e-3)
     for layer in layers:
         layer.merge()
-    assert torch.allclose(adapted(tokens), changed, atol=1e-5)
+    assert torch.allclose(adapted(ids), changed, atol=1e-5)
     assert not layers[0].B.any() and not torch.equal(layers[0].A, old)
-    adapted(tokens, tokens).backward()
+    adapted(ids, ids).backward()
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
     inside = {name.rpartition(".")[2] for name in trained if ".layers." in name and "layernorm" not in name}
     assert inside == {"A", "B"} and "lm_head.weight" in trained
@@ -253,7 +243,7 @@ def test_comparisons_run(line, main_of, tmp_path):
                 assert 0 <= inside <= best * 1.0001 <= 1.001
 
 
-def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):
+def test_comparisons_go_on(tmp_path, monkeypatch, capsys, tokens):  # noqa: F811
     """experiments/runs.py: what was run is not run again, whatever it is called. Cut short by --minutes, a
     comparison says so, chooses no rate from a part of them, and goes on. A failure costs no other run."""
     runs, made, both = experiment("runs"), [], ("--seeds", "0", "1")
@@ -355,7 +345,7 @@ def test_comparisons_refuse(line, main_of, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("muon", [False, True])
-def test_variants_are_galore_with_one_change(muon, tokens):
+def test_variants_are_galore_with_one_change(muon, tokens):  # noqa: F811
     """experiments/beyond.py: unchanged, `Lab` is GaLoreAdamW to the last bit. Each option changes it."""
     beyond, runs = experiment("beyond"), experiment("runs")
     stream = data.open_data("python", data.get_tokenizer("bytes"), "train", 32, data_dir=tokens)
@@ -370,7 +360,8 @@ def test_variants_are_galore_with_one_change(muon, tokens):
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     def base(model):
-        return GaLoreAdamW(param_groups(model, run["rank"], run["T"], run["alpha"]), lr=run["lr"], direction="muon" if muon else "adam")
+        groups = param_groups(model, run["rank"], run["T"], run["alpha"])
+        return GaLoreAdamW(groups, lr=run["lr"], direction="muon" if muon else "adam")
 
     lab = weights(lambda model: beyond.build(model, run))
     assert torch.equal(lab, weights(base))
@@ -405,29 +396,28 @@ def test_formulas_of_the_variants():
 
 
 def test_the_gpu_script_runs_on_a_cpu(main_of, tmp_path, capfd):
-    """experiments/gpu.py --quick: each part runs in a process, gives figures, and does not run twice."""
-    out, parts = tmp_path / "gpu-quick.json", ["preflight", "7b_256"]
-    words = ["--quick", "--device", "cpu", "--alone", "--out", out, "--parts", *parts]
-    main_of("gpu", *words)
-    said, found = capfd.readouterr(), json.loads(out.read_text())
-    assert {name: found["parts"][name]["status"] for name in parts} == dict.fromkeys(parts, "done"), said
-    assert found["parts"]["7b_256"]["rows"][1]["tokens/s"] > 0 and "Traceback" not in said.err
-    main_of("gpu", *words)
-    assert "status running" in said.out and "status running" not in capfd.readouterr().out
+    """experiments/gpu.py --quick: each part, in this process, gives figures."""
+    out = tmp_path / "gpu-quick.json"
+    for part in ("preflight", "7b_256"):
+        main_of("gpu", "--quick", "--device", "cpu", "--alone", "--out", out, "--part", part)
+    parts = json.loads(out.read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {"preflight": "done", "7b_256": "done"}
+    assert parts["7b_256"]["rows"][1]["tokens/s"] > 0 and "Traceback" not in capfd.readouterr().err
 
 
 def test_glue(main_of, tmp_path):
-    """experiments/glue.py --quick: five methods learn GLUE's files through transformers and peft. GaLore's
-    state is 4 r (m + 2n) bytes a matrix, full fine-tuning's Adam's two values."""
+    """experiments/glue.py --quick: five methods learn two of GLUE's files through transformers and peft. The
+    state is 4 r (m + 2n) bytes a matrix in GaLore, full fine-tuning's Adam's two values."""
     for name, pip in (("transformers",) * 2, ("peft",) * 2, ("sklearn", "scikit-learn"), ("scipy",) * 2):
         oracle(name, pip)
-    main_of("glue", "--quick", "--threads", 1, "--out", tmp_path / "glue-quick.json")
-    text = (tmp_path / "glue-quick.json").read_text()
+    out = tmp_path / "glue-quick.json"
+    main_of("glue", "--quick", "--tasks", "CoLA", "STS-B", "--threads", 1, "--out", out)
+    text = out.read_text()
     rows = {row["method"]: row for row in json.loads(text)["table"]}
     assert len(rows) == 5 and str(tmp_path) not in text
     for method, row in rows.items():
         scores = {name: task["mean"] for name, task in row["tasks"].items()}
-        least = {"CoLA": 50, "STS-B": 10, "MRPC": 80, "MNLI": 50}    # chance: 0, 0, 61 and 35
+        least = {"CoLA": 50, "STS-B": 10}    # chance: 0 and 0
         assert scores.keys() == least.keys(), method
         assert all(scores[task] > least[task] for task in least), (method, scores)
     for r in (4, 8):    # a block's 4 matrices 32 x 32 and 2 of 32 x 64: P, M, V
@@ -440,14 +430,13 @@ def test_glue(main_of, tmp_path):
     assert experiment("glue").chosen("RTE", tried) == "2e-05"    # compared on the seed that most rates have
 
 
-def test_killed_twice():
-    """experiments/torture.py: killed in a checkpoint and at a random moment, and resumed, a run ends with the
-    weights, moments, data position and log of one that was left alone, to the last bit."""
-    options = "--kills 2 --steps 12 --shards 1 --seed 21".split()
-    command = [sys.executable, str(HERE / "experiments" / "torture.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "2 kills" in done.stdout, done.stdout + done.stderr
-    assert "log: 14 lines, equal" in done.stdout and re.search(r"[1-9]\d* steps are safe", done.stdout)
+def test_killed(main_of, capfd):
+    """experiments/torture.py: killed in a checkpoint, and resumed, a run ends with the weights, moments, data
+    position and log of one that was left alone, to the last bit."""
+    main_of("torture", *"--kills 1 --steps 12 --shards 1 --seed 21".split())
+    said = capfd.readouterr().out
+    assert "1 kills" in said and "log: 14 lines, equal" in said
+    assert re.search(r"[1-9]\d* steps are safe", said)
 
 
 def test_a_skipped_step_is_a_gap_in_the_curve(tmp_path):
