@@ -33,6 +33,7 @@ from torch import Tensor
 
 BLOCK = 256  # values that share a scale
 SLICE = 1 << 22  # values that are updated at once, so that a step takes a few times 17 MB beside the state
+TOP = 112  # code of the largest weight of a row when its scale is chosen: it may grow by an eighth
 LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
 
@@ -208,6 +209,20 @@ class Stored(torch.optim.Optimizer):
         raise TypeError("this optimiser cannot be copied or pickled: load its state_dict() into a new one.")
 
 
+# ----- weights in 8 bits: codes, and a scale for each row ---------------------------------------------------
+
+
+def narrow(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codes of W (m x n), int8, and the scale of each row, fp32, (m, 1)."""
+    scale = W.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / TOP
+    return (W / scale).round().to(torch.int8), scale
+
+
+def widen(W: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """codes * scale in `dtype`. A weight that has no scale is as it is."""
+    return W if scale is None else W.to(dtype).mul_(scale)
+
+
 # ----- arithmetic in fp32 on what is stored narrow: functions that compile to a pass over memory ------------
 
 
@@ -231,11 +246,17 @@ def random_bits(x: Tensor, seed: Tensor) -> Tensor:
     return bits >> 16 & 0xFFFF
 
 
-def move_(W, N, lr, stay, seed) -> None:
+def move_(W, N, lr, stay, seed, scale=None) -> None:
     """W <- stay * W - lr * N. With a seed, bf16 weights are rounded up or down at random: updates below their
-    precision survive on average."""
-    new = W.float() * stay - N.float() * lr
-    if seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half
+    precision survive on average. So are codes, in units of their scale, which changes for a row that outgrows
+    it: else a code that does not move would be rounded anew in each step."""
+    new = W.float() * stay - N.float() * (lr if scale is None else lr / scale)
+    if scale is not None:
+        most = new.abs().amax(1, keepdim=True)
+        grow = torch.where(most > 127, most / TOP, 1.0)
+        scale.mul_(grow)
+        new = (new / grow + (random_bits(new, seed) + 0.5) / 65536).floor()
+    elif seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half
         new = ((new.view(torch.int32) + random_bits(new, seed)) & (-1 << 16)).view(torch.float32)
     W.copy_(new)
 

@@ -165,6 +165,7 @@ class GaLoreAdamW(Stored):
     """
 
     exact = False
+    scales = {}  # of weights in int8, which only thin.py makes, by parameter
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
@@ -187,7 +188,7 @@ class GaLoreAdamW(Stored):
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")
-            check(p.dtype in (torch.float32, torch.bfloat16, torch.float16),
+            check(self.leaf(p).dtype in (torch.float32, torch.bfloat16, torch.float16),
                   f"a parameter is {p.dtype}: convert the model to float32, bfloat16 or float16.")
             check(rank is None or p.ndim == 2 and 0 < rank < min(p.shape),
                   f"rank {rank} must lie between 0 and the short side of a matrix: not {tuple(p.shape)}.")
@@ -203,7 +204,7 @@ class GaLoreAdamW(Stored):
         """The form of p's state: P (m x r), moments (r x n, or p's shape), and the number of its steps, t."""
         rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
         if rank:
-            P = zeros("P", (min(shape), rank), p.dtype, narrow and not self.exact, device)
+            P = zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
             (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
         return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
 
@@ -263,13 +264,15 @@ class GaLoreAdamW(Stored):
         parts = [(state, R)]
         if direction is adam:  # which works element by element
             parts = zip(pieces(state, names, values), split(R, values))
-        N = [run(advance_)(moments, names, direction, part, dtype=p.dtype, **more) for moments, part in parts]
+        dtype, scale = self.leaf(p).dtype, self.scales.get(p)
+        N = [run(advance_)(moments, names, direction, part, dtype=dtype, **more) for moments, part in parts]
         N = (N[0] if len(N) == 1 else torch.cat(N)).view(R.shape)
-        P = run(load)(state, "P", p.dtype)
+        P = run(load)(state, "P", dtype)
         A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
         size = min(-(-len(p) // 2), -(-values // p.shape[1]))  # rows at a time: half of p at most
-        for i, (w, a) in enumerate(zip(p.split(size), A.split(size))):
-            run(move_)(w, a @ B, lr * group["scale"], stay, self.noise(p, i))
+        scales = [None] * len(p) if scale is None else scale.split(size)
+        for i, (w, a, scale) in enumerate(zip(p.split(size), A.split(size), scales)):
+            run(move_)(w, a @ B, lr * group["scale"], stay, self.noise(p, i), scale)
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 
