@@ -67,7 +67,7 @@ RECIPES = {
     "init": dict(steps=1000, rank=128),  # --init, whatever its shape
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
-         "state_bits", "dtype", "seed")  # cannot change on --resume
+         "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume
 PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
 CARD = 24.14  # GB for a run on an RTX 4090: of 23.64 GiB half a GB is CUDA's own, and 3% are for gaps
 
@@ -119,6 +119,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
+    add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
     add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")
     add("--warmup_steps", type=within(0), help="of linear warm-up")
@@ -188,6 +189,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
     check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
+    check(not args.weight_bits or args.galore and args.layerwise, "--weight_bits 8 is for --galore, layer-wise: "
+          "a weight in 8 bits has no full gradient")
     check(not args.exact or args.direction == "adam", "--exact is the paper to the letter: drop --direction")
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
@@ -216,7 +219,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
 def plan(args, config: Config, batch_size: int, checkpointing: bool, run=memory.peak) -> dict[str, float]:
     """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
     def build(blocks):
-        few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
+        few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False,
+                                device="meta")  # fmt: skip
         few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
         few = argparse.Namespace(**few)
         model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
@@ -279,7 +283,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
-        thin(model, opt, accumulation(args), args.activation_checkpointing)
+        thin(model, opt, accumulation(args), args.activation_checkpointing, args.weight_bits, args.device)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
@@ -426,10 +430,11 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     val = open_data(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
+    place = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
     if args.init and not checkpoint:
-        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(args.device)
+        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(place)
     else:
-        model = Llama(config, args.device, getattr(torch, args.dtype))
+        model = Llama(config, place, getattr(torch, args.dtype))
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None

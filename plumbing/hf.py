@@ -123,6 +123,10 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         bos_token_id=None, eos_token_id=None)    # the tokenizer's business; transformers would assume 1 and 2
     # a tied head is written once, under the embedding's name
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    for name, scale in model.named_buffers():
+        if name.endswith("weight_scale"):    # of a weight in int8
+            name = name.removesuffix("_scale")
+            weights[name] = (weights[name] * scale.cpu()).to(model.lm_head.weight.dtype)
     try:
         from safetensors.torch import save_file
         name = "model.safetensors"
