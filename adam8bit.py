@@ -33,7 +33,6 @@ from torch import Tensor
 
 BLOCK = 256  # values that share a scale
 SLICE = 1 << 22  # values that are updated at once, so that a step takes a few times 17 MB beside the state
-TOP = 112  # code of the largest weight of a row when its scale is chosen: it may grow by an eighth
 LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
 
@@ -214,7 +213,7 @@ class Stored(torch.optim.Optimizer):
 
 def narrow(W: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest codes of W (m x n), int8, and the scale of each row, fp32, (m, 1)."""
-    scale = W.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / TOP
+    scale = W.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 127
     return (W / scale).round().to(torch.int8), scale
 
 
@@ -248,14 +247,13 @@ def random_bits(x: Tensor, seed: Tensor) -> Tensor:
 
 def move_(W, N, lr, stay, seed, scale=None) -> None:
     """W <- stay * W - lr * N. With a seed, bf16 weights are rounded up or down at random: updates below their
-    precision survive on average. So are codes, in units of their scale, which changes for a row that outgrows
-    it: else a code that does not move would be rounded anew in each step."""
+    precision survive on average. So are codes, in units of their scale. It grows when the row does, and never
+    shrinks: a code that does not move is not rounded anew."""
     new = W.float() * stay - N.float() * (lr if scale is None else lr / scale)
     if scale is not None:
-        most = new.abs().amax(1, keepdim=True)
-        grow = torch.where(most > 127, most / TOP, 1.0)
+        grow = (new.abs().amax(1, keepdim=True) / 127).clamp_min(1)
         scale.mul_(grow)
-        new = (new / grow + (random_bits(new, seed) + 0.5) / 65536).floor()
+        new = (new / grow + (random_bits(new, seed) + 0.5) / 65536).floor().clamp(-127, 127)
     elif seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half
         new = ((new.view(torch.int32) + random_bits(new, seed)) & (-1 << 16)).view(torch.float32)
     W.copy_(new)
