@@ -26,7 +26,7 @@ the paper's 2048 make up for the first two, as in bitsandbytes and torchao today
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -180,8 +180,7 @@ class Stored(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        for p in param_group["params"]:
-            self.state[p] = {}  # saved as that, if p never moves
+        self.state.update((p, {}) for p in param_group["params"])  # saved as that, if they never move
         self.arm()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -259,10 +258,8 @@ def move_(W, N, lr, stay, seed, scale=None) -> None:
     W.copy_(new)
 
 
-@cache
-def compiled(function):
-    """`function`, compiled for any shape. Nothing is compiled before its first call."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
+# compiled(function): it, compiled for any shape. Nothing is compiled before its first call.
+compiled = cache(partial(torch.compile, fullgraph=True, dynamic=True))
 
 
 def norm(x: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ output and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in 
 or (X P)'D where the input side is the short one. G never exists, and the product costs 2 r (m + n) operations
 per token, not 2 m n.
 
-    forward    x, proxy ----> ThinLinear --> link                   in y's shape, but owns one number
-               x ----> F.linear(x, W) -------------> Tap ----> y    y is what it always was
-    backward   dX, proxy.grad <-- dX, R <-- ThinLinear <-- D <-- Tap
+    forward    x, proxy ----> ThinLinear ----> link         zeros in y's shape, but owns one number
+               x -------> F.linear(x, W) + link ----> y     y is what it always was
+    backward   dX, proxy.grad <-- dX, R <-- ThinLinear <-- D
 
-1. x and W are detached for the product, so autograd makes no G. Tap gives D to `link` instead.
+1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead.
 2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: a leaf of R's shape that owns one number.
    Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
    rank-r memory.
@@ -56,17 +56,19 @@ class ThinLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, proxy, checkpointed: bool, W, W_scale, P, P_scale, M, M_scale):
-        (out, into), XP = W.shape, None
-        ctx.input_side = out >= into
+        ctx.input_side, XP = len(W) >= W.shape[1], None
         if ctx.input_side and not checkpointed:  # with checkpointing this forward pass saves nothing
             XP = x.reshape(-1, x.shape[-1]) @ dequantise(P, P_scale, True).to(x.dtype)
         x_or_none = x if XP is None or M is not None else None
         ctx.save_for_backward(x_or_none, XP, W, W_scale, P, P_scale, M, M_scale)
-        return x.new_zeros(1).expand(*x.shape[:-1], out)  # owns one number
+        return x.new_zeros(1).expand(*x.shape[:-1], len(W))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, XP, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
+        if W_scale is not None:  # no bit changes; but else a compiler would keep W of the forward pass
+            W_scale = W_scale + 1e-38 * D[(0,) * D.ndim]
         dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
         D = D.reshape(-1, D.shape[-1])
         X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
@@ -78,32 +80,19 @@ class ThinLinear(torch.autograd.Function):
         return dX, R, *[None] * 7
 
 
-class Tap(torch.autograd.Function):
-    """y as it is, whose gradient goes to `link` as well."""
-
-    @staticmethod
-    def forward(ctx, y, link):
-        return y.view_as(y)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
-    def backward(ctx, D):
-        return D, D
-
-
 class ThinModule(nn.Linear):
     """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight,
     `proxy`, where R arrives, and `wants_Y`: does Y come as well? weight_scale: (out, 1) of a weight in int8,
     else None."""
 
     def forward(self, x: Tensor) -> Tensor:
-        W, scale = self.weight, self.weight_scale
-        if not (torch.is_grad_enabled() and (W.requires_grad or scale is not None)):
+        W, scale = self.weight.detach(), self.weight_scale
+        if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
             return F.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
-        link = ThinLinear.apply(x, self.proxy, self.checkpointed, W.detach(), scale, *stored)
-        return Tap.apply(F.linear(x.detach(), widen(W.detach(), scale, x.dtype), self.bias), link)
+        link = ThinLinear.apply(x, self.proxy, self.checkpointed, W, scale, *stored)
+        return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
 class ThinUpdate:
@@ -177,8 +166,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is
     saved then, not X P, which the forward pass would make in vain.
 
-    weight_bits: 8 makes int8 of the layers' weights. None leaves them as they are. device: where the model goes
-    then. Built on the CPU, it need not fit the device in 16 bits.
+    weight_bits: 8 makes int8 of the layers' weights, None leaves them as they are. device: where the model
+    goes then. Built on the CPU, it need not fit the device in 16 bits.
 
     Projected weights have no .grad. Clip with max_norm: torch's clip_grad_norm_, and max_grad_norm of
     transformers' Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the

@@ -189,8 +189,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
     check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
-    check(not args.weight_bits or args.galore and args.layerwise, "--weight_bits 8 is for --galore, layer-wise: "
-          "a weight in 8 bits has no full gradient")
+    check(not args.weight_bits or args.galore and args.layerwise, "--weight_bits 8 needs --galore, and full "
+          "gradients cannot move such weights: leave --exact and --no-layerwise out")
     check(not args.exact or args.direction == "adam", "--exact is the paper to the letter: drop --direction")
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
