@@ -1,11 +1,14 @@
 """
-Narrow storage for wide arithmetic: 8-bit codes for optimiser state, stochastic rounding for bf16 weights.
+Narrow storage for wide arithmetic: 8-bit codes for optimiser state, int8 or bf16 for weights.
 
 What is stored of a moment (or of GaLore's basis P), for every block of 256 values:
     scale = max |x| over the block                       one fp32 number, the "absmax"
     code  = index of the value of `qmap` nearest to x / scale      one byte per value
 So x is restored as qmap[code] * scale. M and P take the signed map, sqrt(V) the unsigned one.
 Arithmetic is fp32 throughout. Only what is kept between two steps is narrow: 2.03 bytes per parameter, not 8.
+
+A weight in 8 bits is int8 codes from -127 to 127 and a scale for each row: W = codes * scale. Like bf16,
+codes are rounded up or down at random, so that an update of a tenth of the grid moves one code in ten.
 
 The map is Dettmers' dynamic data type: 0, 1, and seven decades from 1 down to 1e-7. Each decade has half as
 many values as the one above: 64, 32, ..., 1 of each sign, or 128, 64, ..., 2 in the unsigned map.

@@ -2,7 +2,8 @@
 Weights in 8 bits: what does rounding them cost, and does its random walk grow with the steps?
 
     python experiments/int8.py --steps 600 --seeds 0 1 2
-    python experiments/int8.py --steps 2000 --share 0.1 --seeds 0 1 2 --out experiments/results/int8-long.json
+    python experiments/int8.py --steps 2000 --share 0.1 --seeds 0 1 2 --weights rows golden nearest \\
+        --out experiments/results/int8-long.json
     python experiments/int8.py --quick        6 steps of a tiny model
 
 The second is the hard case: at a tenth of the rate an update is a small part of the grid's step.
@@ -11,7 +12,7 @@ The second is the hard case: at a tenth of the rate an update is a small part of
 | bf16    | rounded to bf16 stochastically, as train.py does without --weight_bits |
 | rows    | int8, a scale per row that grows when the row does: --weight_bits 8 |
 | tracked | int8, the scale is the row's largest weight / 127 in each step, so all of a row is rounded anew |
-| golden  | rows; an element's random bits advance by the golden ratio from step to step: more even than random |
+| golden  | rows; each element's random bits advance by the golden ratio: more even in time than at random |
 | nearest | rows, rounded to nearest |
 
 Only the matrices with a rank differ. All else, arithmetic as well, is fp32. The runs of a seed see the same
@@ -99,17 +100,19 @@ def gaps(runs: list[dict], others: list[dict]) -> list[float]:
 def main() -> None:
     parser = options(__doc__, "dtype")
     parser.add_argument("--share", type=above_zero(float), default=1.0, help="of the rates (default: 1)")
+    parser.add_argument("--weights", nargs="+", choices=MOVES, default=[*MOVES], help="beside bf16")
     args, setting = parse(parser)
     setting["dtype"] = "float32"
+    ways = [how for how in MOVES if how in ("bf16", *args.weights)]
     peak = {"adam": ADAM * args.share, "muon": MUON * args.share}
     wanted = [setting | dict(method=f"{how}, {way}", weights=how, direction=way, lr=peak[way], seed=seed)
-              for seed in args.seeds for way in DIRECTIONS for how in MOVES]
+              for seed in args.seeds for way in DIRECTIONS for how in ways]
     done = many(build, wanted, args)
     if args.left or not done:
         sys.exit("the same command makes the runs that are left")
     table, over_time = [], []
     for way in DIRECTIONS:
-        by = {how: [run for run in done if run["method"] == f"{how}, {way}"] for how in MOVES}
+        by = {how: [run for run in done if run["method"] == f"{how}, {way}"] for how in ways}
         for how, runs in by.items():
             losses, base = ([run["val_loss"] for run in some] for some in (runs, by["bf16"]))
             apart = [a - b for a, b in zip(losses, base)]
