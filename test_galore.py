@@ -3067,17 +3067,14 @@ def test_60m_trains_on_c4_shards(monkeypatch, tmp_path, capsys):
 # ----- weights in 8 bits ------------------------------------------------------------------------------------
 
 
-def narrowed(steps, micro=1, compile=False, dtype=torch.float32, into=None, **options):
+def narrowed(steps, micro=1, dtype=torch.float32, into=None, **options):
     """`trained` the thin way, with the matrices of blocks in int8."""
     torch.manual_seed(0)
     model = Net(partial(nn.Linear, bias=False)).to(dtype)
-    groups = param_groups(model, rank=8, update_proj_gap=7)
-    opt = GaLoreAdamW(groups, **dict(lr=3e-3, eps=EPS, compile=compile) | options)
+    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, eps=EPS, **options)
     thin(model, opt, accumulate=micro, weight_bits=8)
     if into:
         model.load_state_dict(into["model"]), opt.load_state_dict(into["opt"])
-    for layer in model.layers if compile else ():
-        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     return trained("thin", steps, micro, model=model, opt=opt, start=5 * (into is not None))
 
 
@@ -3095,16 +3092,11 @@ def test_random_rounding_of_codes_is_right_on_average():
     codes, scale = adam8bit.narrow(W)
     assert ((codes * scale - W).abs() <= 0.5001 * scale).all() and codes[0].abs().max() == 127
     many, row = codes[:1].repeat(20000, 1), scale[:1].repeat(20000, 1)
-    row *= 2  # room, so that no scale changes
-    N, (lr, one) = torch.full(many.shape, 0.3), (scale[0, 0], torch.ones(()))
-    before = many.clone()
-    adam8bit.move_(many, 0 * N, lr, one, torch.tensor(7), row)
-    assert torch.equal(many, before)
-    adam8bit.move_(many, N, lr, one, torch.tensor(7), row)
-    steps = many - before.float()
-    assert set(steps.unique().tolist()) <= {-1.0, 0.0} or (codes[0] == -127).any()
-    inner = (before[0] > -127).nonzero().flatten()
-    assert (steps[:, inner].mean(0) + 0.15).abs().max() < 0.015  # five standard deviations
+    row *= 2  # of the update, 0.3 of a code, half is left
+    N, one, before = torch.full(many.shape, 0.3), torch.ones(()), many.clone()
+    for lr, mean in ((0.0, 0.0), (scale[0, 0], -0.15)):
+        adam8bit.move_(many, N, lr, one, torch.tensor(7), row)
+        assert ((many - before.float()).mean(0) - mean).abs().max() < 0.015 * (lr > 0) + 1e-9
     walk, nearest = torch.zeros(64, 64, dtype=torch.int8), torch.zeros(64, 64)
     for seed in range(100):
         adam8bit.move_(walk, torch.full((64, 64), -0.1), one, one, torch.tensor(seed), torch.ones(64, 1))
