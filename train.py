@@ -430,11 +430,11 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     val = open_data(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
-    place = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
+    start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
     if args.init and not checkpoint:
-        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(place)
+        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(start)
     else:
-        model = Llama(config, place, getattr(torch, args.dtype))
+        model = Llama(config, start, getattr(torch, args.dtype))
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
