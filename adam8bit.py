@@ -1,11 +1,14 @@
 """
-Narrow storage for wide arithmetic: 8-bit codes for optimiser state, stochastic rounding for bf16 weights.
+Narrow storage for wide arithmetic: 8-bit codes for optimiser state, int8 or bf16 for weights.
 
 What is stored of a moment (or of GaLore's basis P), for every block of 256 values:
     scale = max |x| over the block                       one fp32 number, the "absmax"
     code  = index of the value of `qmap` nearest to x / scale      one byte per value
 So x is restored as qmap[code] * scale. M and P take the signed map, sqrt(V) the unsigned one.
 Arithmetic is fp32 throughout. Only what is kept between two steps is narrow: 2.03 bytes per parameter, not 8.
+
+A weight in 8 bits is int8 codes from -127 to 127 and a scale for each row: W = codes * scale. Like bf16,
+codes are rounded up or down at random, so that an update of a tenth of the grid moves one code in ten.
 
 The map is Dettmers' dynamic data type: 0, 1, and seven decades from 1 down to 1e-7. Each decade has half as
 many values as the one above: 64, 32, ..., 1 of each sign, or 128, 64, ..., 2 in the unsigned map.
@@ -26,10 +29,9 @@ the paper's 2048 make up for the first two, as in bitsandbytes and torchao today
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
@@ -68,14 +70,13 @@ def nearest_table(qmap: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bucketize(ends.nan_to_num(0, 1, -1), middle[:-1]).to(torch.uint8), middle
 
 
-MAPS = {signed: dynamic_map(signed) for signed in (True, False)}
-TABLES = {torch.device("cpu"): {signed: (qmap, *nearest_table(qmap)) for signed, qmap in MAPS.items()}}
+MADE = {signed: (qmap := dynamic_map(signed), *nearest_table(qmap)) for signed in (True, False)}
+TABLES = {torch.device("cpu"): MADE}
 
 
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     if device not in TABLES:
-        made = TABLES[torch.device("cpu")]
-        TABLES[device] = {sign: tuple(table.to(device) for table in made[sign]) for sign in made}
+        TABLES[device] = {key: tuple(table.to(device) for table in MADE[key]) for key in MADE}
     return TABLES[device][signed]
 
 
@@ -87,7 +88,7 @@ def blocks(x: Tensor) -> Tensor:
     if x.shape[1:] == (BLOCK,):
         return x
     x, fill = x.flatten(), -x.numel() % BLOCK
-    return (F.pad(x, (0, fill)) if fill else x).view(-1, BLOCK)
+    return (torch.cat([x, x.new_zeros(fill)]) if fill else x).view(-1, BLOCK)
 
 
 def unblock(b: Tensor, shape: torch.Size) -> Tensor:
@@ -129,11 +130,11 @@ def scale_key(name: str) -> str:
 def zeros(names: str, shape: tuple, dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict:
     """State before it is first stored, for each of `names`: in `dtype`, or in codes from 4096 values on."""
     tables(device, True)  # so that they are not made in the middle of a compiled function
-    if not in_8_bits or math.prod(shape) < SMALLEST:
-        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
-    state = {name: torch.zeros(shape, dtype=torch.uint8, device=device) for name in names}
-    n_blocks = -(-math.prod(shape) // BLOCK)
-    return state | {scale_key(name): torch.zeros(n_blocks, device=device) for name in names}
+    narrow = in_8_bits and math.prod(shape) >= SMALLEST
+    made = dict(dtype=torch.uint8 if narrow else dtype, device=device)
+    scales = {scale_key(name): -(-math.prod(shape) // BLOCK) for name in names if narrow}
+    return {name: torch.zeros(shape, **made) for name in names} | {
+        key: torch.zeros(n_blocks, device=device) for key, n_blocks in scales.items()}
 
 
 def load(state: dict[str, Tensor], name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,8 +165,7 @@ def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
 def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Tensor]]:
     """What is named (as "MV") in pieces of `size` values: views that can be updated one at a time."""
     views = {name: split(state[name], size) for name in names}
-    scales = {key: state[key] for key in map(scale_key, names) if key in state}
-    views |= {key: torch.split(scale, -(-size // BLOCK)) for key, scale in scales.items()}
+    views |= {key: torch.split(state[key], -(-size // BLOCK)) for key in map(scale_key, names) if key in state}
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
@@ -178,40 +178,50 @@ class Stored(torch.optim.Optimizer):
     """An optimiser that saves and loads state as it is: torch's would cast moments to the weights' dtype.
 
     A subclass says in empty(p, device) what names, dtypes and shapes the state of a parameter has. Its arm()
-    is called whenever groups or state are new.
+    is called whenever groups or state are new, and keeps the parameters, in order, in `group`.
     """
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
+        self.state.update((p, {}) for p in param_group["params"])  # saved as that, if they never move
         self.arm()
-
-    def state_dict(self) -> dict:
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p]  # makes it {} if there is none
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for state that this optimiser would not have made; it stays as it is then."""
-        saved, groups, meta = state_dict["state"], state_dict["param_groups"], torch.device("meta")
-        theirs, ours = ([(p, group) for group in some for p in group["params"]]
-                        for some in (groups, self.param_groups))
+        saved, groups = state_dict["state"], state_dict["param_groups"]
+        theirs = [(i, group) for group in groups for i in group["params"]]
         form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
-        for (i, group), (p, own) in zip(theirs, ours):
-            expected, found = self.empty(p, meta), saved.get(i, {"state": None}) or self.empty(p, meta)
+        for (i, group), p in zip(theirs, self.group):
+            expected = self.empty(p, torch.device("meta"))
+            found = saved.get(i, {"state": None}) or expected
             odd = {name for name in expected | found if form(found.get(name)) != form(expected.get(name))}
-            odd |= (self.defaults.keys() & own.keys()) - group.keys()
+            odd |= self.defaults.keys() - group.keys()
             check(not odd, f"the saved state of parameter {i} differs in {sorted(odd)}: set up as then.")
         before = self.state.values()
         super().load_state_dict({"state": {}, "param_groups": groups})
         for state in before:
             state.clear()  # thin layers hold the old one, which would live on beside the new one
-        for (i, _), (p, _) in zip(theirs, ours):
-            copied = {k: x.to(p.device, copy=True) for k, x in saved[i].items() if torch.is_tensor(x)}
-            self.state[p] = {**saved[i], **copied}
+        for (i, _), p in zip(theirs, self.group):
+            self.state[p] = {name: x.to(p.device, copy=True) if torch.is_tensor(x) else x
+                             for name, x in saved[i].items()}
         self.arm()
 
     def __getstate__(self):  # copy and pickle ask for it
         raise TypeError("this optimiser cannot be copied or pickled: load its state_dict() into a new one.")
+
+
+# ----- weights in 8 bits: codes, and a scale for each row ---------------------------------------------------
+
+
+def narrow(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codes of W (m x n), int8, and the scale of each row, fp32, (m, 1)."""
+    scale = W.abs().amax(1, keepdim=True).float().clamp_min(1e-30) / 127
+    return (W / scale).round().to(torch.int8), scale
+
+
+def widen(W: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """codes * scale in `dtype`. A weight that has no scale is as it is."""
+    return W if scale is None else W.to(dtype).mul_(scale)
 
 
 # ----- arithmetic in fp32 on what is stored narrow: functions that compile to a pass over memory ------------
@@ -237,19 +247,22 @@ def random_bits(x: Tensor, seed: Tensor) -> Tensor:
     return bits >> 16 & 0xFFFF
 
 
-def move_(W, N, lr, stay, seed) -> None:
+def move_(W, N, lr, stay, seed, scale=None) -> None:
     """W <- stay * W - lr * N. With a seed, bf16 weights are rounded up or down at random: updates below their
-    precision survive on average."""
-    new = W.float() * stay - N.float() * lr
-    if seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half
+    precision survive on average. So are codes, in units of their scale. It grows when the row does, and never
+    shrinks: a code that does not move is not rounded anew."""
+    new = W.float() * stay - N.float() * (lr if scale is None else lr / scale)
+    if scale is not None:
+        grow = (new.abs().amax(1, keepdim=True) / 127).clamp_min(1)
+        scale.mul_(grow)
+        new = (new / grow + (random_bits(new, seed) + 0.5) / 65536).floor().clamp(-127, 127)
+    elif seed is not None and W.dtype == torch.bfloat16:  # which is fp32's upper half
         new = ((new.view(torch.int32) + random_bits(new, seed)) & (-1 << 16)).view(torch.float32)
     W.copy_(new)
 
 
-@cache
-def compiled(function):
-    """`function`, compiled for any shape. Nothing is compiled before its first call."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
+# compiled(function): it, compiled for any shape. Nothing is compiled before its first call.
+compiled = cache(partial(torch.compile, fullgraph=True, dynamic=True))
 
 
 def norm(x: Tensor) -> Tensor:

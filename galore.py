@@ -24,6 +24,7 @@ Left out on purpose: other sides than the short one, and the two-sided P'GQ, whi
 
 import re
 import warnings
+from itertools import repeat
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,7 @@ class GaLoreAdamW(Stored):
     """
 
     exact = False
+    scales = {}  # of weights in int8, which only thin.py makes, by parameter
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
@@ -172,7 +174,7 @@ class GaLoreAdamW(Stored):
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")
-            check(p.dtype in (torch.float32, torch.bfloat16, torch.float16),
+            check(self.leaf(p).dtype in (torch.float32, torch.bfloat16, torch.float16),
                   f"a parameter is {p.dtype}: convert the model to float32, bfloat16 or float16.")
             check(rank is None or p.ndim == 2 and 0 < rank < min(p.shape),
                   f"rank {rank} must lie between 0 and the short side of a matrix: not {tuple(p.shape)}.")
@@ -188,7 +190,7 @@ class GaLoreAdamW(Stored):
         """The form of p's state: P (m x r), moments (r x n, or p's shape), and the number of its steps, t."""
         rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
         if rank:
-            P = zeros("P", (min(shape), rank), p.dtype, narrow and not self.exact, device)
+            P = zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
             (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
         return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
 
@@ -235,8 +237,8 @@ class GaLoreAdamW(Stored):
         size = R.numel() if self.compile and projected else SLICE  # values at a time
         state["t"] += 1  # on the host, which does not know `ok`
         bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
-        more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias,
-                    dtype=p.dtype if projected else torch.float32)  # fmt: skip
+        dtype = self.leaf(p).dtype if projected else torch.float32
+        more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias, dtype=dtype)
         lr = torch.tensor(group["lr"])
         stay = 1 - ok * (lr * group["weight_decay"])
 
@@ -244,17 +246,19 @@ class GaLoreAdamW(Stored):
         if direction is adam:  # which works element by element
             parts = zip(pieces(state, names, size), split(R, size))
         steps = (run(advance_)(moments, names, direction, part, **more) for moments, part in parts)
-        weights = split(p.view(-1), size)
+        weights, scales = split(p.view(-1), size), repeat(None)
         if projected:
-            P, N = run(load)(state, "P", p.dtype), torch.empty_like(R, dtype=p.dtype)
+            P, N = run(load)(state, "P", dtype), torch.empty_like(R, dtype=dtype)
             for part, step in zip(split(N, size), steps):
                 part.copy_(step.view_as(part))
             A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
             some = min(-(-len(p) // 2), -(-size // p.shape[1]))  # rows at a time: half of p at most
             lr, weights = lr * group["scale"], torch.split(p, some)
             steps = (a @ B for a in torch.split(A, some))
-        for i, (w, step) in enumerate(zip(weights, steps)):
-            run(move_)(w, step, lr, stay, self.noise(p, i))
+            if self.scales.get(p) is not None:  # W is in codes
+                scales = torch.split(self.scales[p], some)
+        for i, (w, step, scale) in enumerate(zip(weights, steps, scales)):
+            run(move_)(w, step, lr, stay, self.noise(p, i), scale)
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 

@@ -6,12 +6,12 @@ output and X (tokens x in) its input. GaLore wants R = P'G only. So multiply in 
 or (X P)'D where the input side is the short one. G never exists, and the product costs 2 r (m + n) operations
 per token, not 2 m n.
 
-    forward    x ----> F.linear(x, W) ---------> Tap ----> y        y is what it always was
-               x ----> ThinLinear(x, proxy) --> link               in y's shape, but owns one number
-    backward   proxy.grad <-- R <-- ThinLinear <-- D <-- Tap        Tap hands D to both sides
+    forward    x, proxy ----> ThinLinear ----> link         zeros in y's shape, but owns one number
+               x -------> F.linear(x, W) + link ----> y     y is what it always was
+    backward   dX, proxy.grad <-- dX, R <-- ThinLinear <-- D
 
-1. W is detached, so autograd makes no G. Tap gives D to `link` instead.
-2. ThinLinear returns R as the gradient of a *proxy*: a leaf of R's shape that owns one number, expanded.
+1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead.
+2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: a leaf of R's shape that owns one number.
    Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
@@ -19,9 +19,11 @@ per token, not 2 m n.
 4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
    wait for opt.step(), until their norm is known.
 
-Why two functions, and ThinLinear first? Autograd runs it last: F.linear has used W before the hook moves it.
-And checkpointing recomputes a block only up to its last saved tensor: ThinLinear saves x before F.linear, so
-the block's last product is not repeated.
+Why two functions, and ThinLinear first? Checkpointing recomputes a block only up to its last saved tensor:
+ThinLinear saves x before F.linear, so the block's last product is not repeated.
+
+Weights in 8 bits: W is int8 codes and a scale for each row (adam8bit.py). Proxies carry the gradients, so
+codes can be parameters. What is saved for the backward pass are the codes: W is widened for one product.
 
     opt = GaLoreAdamW(param_groups(model, rank=128), lr=0.01)
     thin(model, opt, accumulate=4)
@@ -41,28 +43,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adam8bit import check, dequantise, scale_key
+from adam8bit import check, dequantise, narrow, scale_key, widen
 from galore import GaLoreAdamW, average, orthonormal
 
 
 class ThinLinear(torch.autograd.Function):
-    """Stands beside y = x W', and gives R as the gradient of a proxy.
+    """The backward pass of y = x W', which stands beside it: dX, and R as the gradient of a proxy.
 
     Let A be the side of D and X that is projected, B the other: G = A'B, R = (A P)'B, Y' = (B M')'A.
     Where the input is projected, A P = X P is known in the forward pass, and saved in place of X.
     """
 
     @staticmethod
-    def forward(ctx, x, proxy, out: int, input_side: bool, checkpointed: bool, P, P_scale, M, M_scale):
-        ctx.input_side, XP = input_side, None
-        if input_side and not checkpointed:  # with checkpointing this forward pass saves nothing
+    def forward(ctx, x, proxy, checkpointed: bool, W, W_scale, P, P_scale, M, M_scale):
+        ctx.input_side, XP = len(W) >= W.shape[1], None
+        if ctx.input_side and not checkpointed:  # with checkpointing this forward pass saves nothing
             XP = x.reshape(-1, x.shape[-1]) @ dequantise(P, P_scale, True).to(x.dtype)
-        ctx.save_for_backward(x if XP is None or M is not None else None, XP, P, P_scale, M, M_scale)
-        return x.new_zeros(1).expand(*x.shape[:-1], out)  # owns one number
+        x_or_none = x if XP is None or M is not None else None
+        ctx.save_for_backward(x_or_none, XP, W, W_scale, P, P_scale, M, M_scale)
+        return x.new_zeros(1).expand(*x.shape[:-1], len(W))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
-        x, XP, P, P_scale, M, M_scale = ctx.saved_tensors
+        x, XP, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
+        if W_scale is not None:  # no bit changes; but else a compiler would keep W of the forward pass
+            W_scale = W_scale + 1e-38 * D.reshape(-1, D.shape[-1])[:1, :1].sum()
+        dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
         D = D.reshape(-1, D.shape[-1])
         X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
         A, B = (X, D) if ctx.input_side else (D, X)
@@ -70,34 +77,22 @@ class ThinLinear(torch.autograd.Function):
         R = AP.T @ B
         if M is not None:
             R = torch.cat([R, (B @ dequantise(M, M_scale, True).to(D.dtype).T).T @ A], 1)
-        return None, R, *[None] * 7
-
-
-class Tap(torch.autograd.Function):
-    """y as it is, whose gradient goes to `link` as well."""
-
-    @staticmethod
-    def forward(ctx, y, link):
-        return y.view_as(y)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
-    def backward(ctx, D):
-        return D, D
+        return dX, R, *[None] * 7
 
 
 class ThinModule(nn.Linear):
     """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight,
-    `proxy`, where R arrives, and `wants_Y`: does Y come as well?"""
+    `proxy`, where R arrives, and `wants_Y`: does Y come as well? weight_scale: (out, 1) of a weight in int8,
+    else None."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return super().forward(x)
-        out, into = self.weight.shape
+        W, scale = self.weight.detach(), self.weight_scale
+        if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
+            return F.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
-        link = ThinLinear.apply(x, self.proxy, out, out >= into, self.checkpointed, *stored)
-        return Tap.apply(F.linear(x, self.weight.detach(), self.bias), link)
+        link = ThinLinear.apply(x, self.proxy, self.checkpointed, W, scale, *stored)
+        return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
 class ThinUpdate:
@@ -111,10 +106,10 @@ class ThinUpdate:
             p = module.weight
             module.galore, module.wants_Y = self.init(p), p in self.turning
             shape = len(module.galore["M"]), max(p.shape) + min(p.shape) * module.wants_Y
-            if p not in self.proxies or self.proxies[p].shape != shape:
-                self.proxies[p] = p.new_zeros(1).expand(shape).requires_grad_()
+            if self.proxies[p].shape != shape:
+                self.proxies[p] = self.proxies[p].new_zeros(1).expand(shape).requires_grad_()
                 self.proxies[p].register_post_accumulate_grad_hook(self.hook(p))
-            module.proxy = self.proxies[p]
+            module.proxy, self.scales[p] = self.proxies[p], module.weight_scale
 
     def leaf(self, p: Tensor) -> Tensor:
         check(p not in self.proxies or p.grad is None, "a thin weight has a .grad: it was used outside its "
@@ -159,7 +154,8 @@ class ThinUpdate:
         self.norms.clear()
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False) -> None:
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False,
+         weight_bits: int | None = None, device: torch.device | str | None = None) -> None:  # fmt: skip
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
     From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each
@@ -169,6 +165,9 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
 
     checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is
     saved then, not X P, which the forward pass would make in vain.
+
+    weight_bits: 8 makes int8 of the layers' weights, None leaves them as they are. device: where the model
+    goes then. Built on the CPU, it need not fit the device in 16 bits.
 
     Projected weights have no .grad. Clip with max_norm: torch's clip_grad_norm_, and max_grad_norm of
     transformers' Trainer, would clip nothing. Clear with opt.zero_grad(). No GradScaler. No DDP around the
@@ -181,10 +180,12 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
 
     Raises:
         ValueError: the optimiser is Exact (its SVD needs the full gradient), accumulate is below 1, one of
-            the two is thin already, they do not belong together, or the model is compiled as a whole.
+            the two is thin already, they do not belong together, the model is compiled as a whole, or
+            weight_bits is neither None nor 8.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
+    check(weight_bits in (None, 8), f"weight_bits is {weight_bits}, but must be 8, or None.")
     check(not isinstance(opt, ThinUpdate) and not any(isinstance(m, ThinModule) for m in model.modules()),
           "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
     check(any(p in opt.group for p in model.parameters()), "the optimiser holds no weight of this model.")
@@ -195,10 +196,16 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     opt.__class__ = type(f"Thin{type(opt).__name__}", (ThinUpdate, type(opt)), {})
     linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
     opt.modules = [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
-    opt.accumulate, opt.proxies, opt.passes = accumulate, {}, {}  # passes: gradients so far, by parameter
-    opt.arm()
+    opt.accumulate, opt.passes, opt.scales = accumulate, {}, {}  # passes: gradients so far, by parameter
+    opt.proxies = {m.weight: m.weight.new_empty(0) for m in opt.modules}  # their dtype; `arm` shapes them
+    for p in opt.proxies if weight_bits else ():
+        codes, opt.scales[p] = narrow(p.detach())
+        p.requires_grad_(False).data = codes
     for module in opt.modules:
         module.__class__, module.checkpointed = ThinModule, checkpointed
+        module.register_buffer("weight_scale", opt.scales.get(module.weight))
+    model.to(device)
+    opt.arm()
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(opt.hook())
     # The backward pass has a thread of its own, and cuSOLVER a handle for each thread, in memory that PyTorch

@@ -65,7 +65,7 @@ RECIPES = {
     "init": dict(steps=1000, rank=128),  # --init, whatever its shape
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
-         "state_bits", "dtype", "seed")  # cannot change on --resume
+         "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume
 PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
 
 
@@ -116,6 +116,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
+    add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
     add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")
     add("--warmup_steps", type=within(0), help="of linear warm-up")
@@ -184,6 +185,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
         check(args.galore or not getattr(typed, k), f"--{k} has no effect without --galore")
     check(args.data == "c4" or not typed.data_url, f"--data_url has no effect with --data {args.data}")
     check(not args.exact or not args.layerwise, "--exact needs full gradients: leave --layerwise out")
+    check(not args.weight_bits or args.galore and args.layerwise, "--weight_bits 8 needs --galore, and full "
+          "gradients cannot move such weights: leave --exact and --no-layerwise out")
     check(not args.exact or args.direction == "adam", "--exact is the paper to the letter: drop --direction")
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
@@ -234,7 +237,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
-        thin(model, opt, accumulation(args), args.activation_checkpointing)
+        thin(model, opt, accumulation(args), args.activation_checkpointing, args.weight_bits, args.device)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
@@ -256,6 +259,7 @@ def accumulation(args: argparse.Namespace) -> int:
 def plan(args, config: Config, batch_size: int, checkpointing: bool, run=peak) -> dict[str, float]:
     """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
     few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
+    few["device"] = "meta"
     few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
     few = argparse.Namespace(**few)
 
@@ -389,10 +393,11 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     val = open_data(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
+    start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
     if args.init and not checkpoint:
-        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(args.device)
+        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(start)
     else:
-        model = Llama(config, args.device, getattr(torch, args.dtype))
+        model = Llama(config, start, getattr(torch, args.dtype))
     try:
         args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own

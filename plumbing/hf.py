@@ -143,24 +143,31 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         stem, ending, write = "model", ".safetensors", lambda *to: save_file(*to, metadata={"format": "pt"})
     except ImportError:
         stem, ending, write = "pytorch_model", ".bin", torch.save
+    scales, head = dict(model.named_buffers()), model.lm_head.weight
+
+    def wide(name):    # a weight in int8 has a scale for each row
+        scale = scales.get(name + "_scale")
+        return weights[name] if scale is None else (weights[name] * scale).to(head.dtype)
+
+    sizes = {name: weight.numel() * head.element_size() for name, weight in weights.items()}
     files, room = [], 0
-    for name, weight in weights.items():
-        if not files or room < weight.nbytes:
+    for name, size in sizes.items():
+        if not files or room < size:
             files, room = [*files, []], FILE_BYTES
         files[-1].append(name)
-        room -= weight.nbytes
+        room -= size
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as beside:
         part, places = Path(beside, "part"), {}
         part.mkdir()
         for i, names in enumerate(files, 1):
             file = stem + f"-{i:05d}-of-{len(files):05d}" * (len(files) > 1) + ending
-            write({name: weights[name].detach().cpu().contiguous() for name in names}, part / file)
+            write({name: wide(name).detach().cpu().contiguous() for name in names}, part / file)
             places |= dict.fromkeys(names, file)
         made = {"config.json": config} | (write_folder(tokenizer, part, config) if tokenizer else {})
         if len(files) > 1:
-            total = sum(weight.nbytes for weight in weights.values())
-            made[stem + ending + ".index.json"] = dict(metadata=dict(total_size=total), weight_map=places)
+            total = dict(total_size=sum(sizes.values()))
+            made[stem + ending + ".index.json"] = dict(metadata=total, weight_map=places)
         if tokenizer:
             made["generation_config.json"] = ends
         for name, content in made.items():

@@ -27,7 +27,11 @@ def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
     run = read_checkpoint(folder) if checkpoints(folder) else None
     if run:
         tokenizer, trained = get_tokenizer(name or run["args"]["tokenizer"]), run["data"]["tokenizer"]
-        model = hf.assemble(Llama, Config(**run["config"]), run["model"], source)
+        weights = run["model"]
+        for key in [key for key in weights if key.endswith("weight_scale")]:    # of a weight in int8
+            name, dtype = key.removesuffix("_scale"), weights["lm_head.weight"].dtype
+            weights[name] = (weights[name] * weights.pop(key)).to(dtype)
+        model = hf.assemble(Llama, Config(**run["config"]), weights, source)
     elif (folder / "config.json").exists():
         tokenizer, twice = get_tokenizer(name or own), name and (folder / "tokenizer.json").exists()
         trained = get_tokenizer(own).name if twice else tokenizer.name
