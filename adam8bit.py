@@ -165,7 +165,8 @@ def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
 def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Tensor]]:
     """What is named (as "MV") in pieces of `size` values: views that can be updated one at a time."""
     views = {name: split(state[name], size) for name in names}
-    views |= {key: torch.split(state[key], -(-size // BLOCK)) for key in map(scale_key, names) if key in state}
+    scales = [key for key in map(scale_key, names) if key in state]
+    views |= {key: torch.split(state[key], -(-size // BLOCK)) for key in scales}
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
