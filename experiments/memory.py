@@ -27,6 +27,7 @@ GALORE = "--size 7b --galore --rank 1024 --state_bits 8"
 ONE = " --vocab_size 32000 --dtype bfloat16 --batch_size 1 --total_batch_size 1"  # sequences of 256 tokens
 FULL = " --vocab_size 32000 --dtype bfloat16 --batch_size 16 --total_batch_size 512 --activation_checkpointing"
 NOW, LATER = " --no-activation_checkpointing", " --no-layerwise --no-activation_checkpointing"
+INT8, SMALL = "--size 7b --galore --rank {} --state_bits 8 --weight_bits 8", FULL.replace("size 16", "size 4")
 BARS = {  # case: options, bar and what the paper or its code took, GB (paper: section 5.5, table 11; 22.72 in its code's README)
     "7B, r = 1024, 256 tokens a step": (GALORE + ONE + NOW, 20.5, "22.0"),
     "7B, r = 1024, 131,072 tokens a step": (GALORE + FULL, 24.0, "not possible"),
@@ -34,6 +35,10 @@ BARS = {  # case: options, bar and what the paper or its code took, GB (paper: s
     "7B, r = 1024, 256 tokens, Muon": (GALORE + " --direction muon" + ONE + NOW, 20.5, "-"),
     "7B, r = 1024, 131,072 tokens, Muon": (GALORE + " --direction muon" + FULL, 24.0, "-"),
     "7B, r = 256, 256 tokens": (GALORE.replace("1024", "256") + ONE + NOW, 17.6, "-"),
+    "7B, int8 weights, r = 512, 256 tokens": (INT8.format(512) + ONE + NOW, 11.4, "15.1, Q-GaLore"),
+    "7B, int8, r = 512, 131,072 tokens": (INT8.format(512) + SMALL, 14.0, "not possible"),
+    "7B, int8, r = 1024, 131,072 tokens": (INT8.format(1024) + SMALL, 17.8, "not possible"),
+    "7B, int8, r = 256, 131,072 tokens, Muon": (INT8.format(256) + " --direction muon" + SMALL, 11.8, "-"),
     "1B, r = 512, 256 tokens": ("--size 1b --galore --rank 512 --state_bits 8" + ONE + NOW, 4.6, "5.63"),
 }
 FIGURE = {  # the paper's figure 1: 7B, 256 tokens a step (and, at the end, a batch of its training)
@@ -43,6 +48,8 @@ FIGURE = {  # the paper's figure 1: 7B, 256 tokens a step (and, at the end, a ba
     "8-bit GaLore": GALORE + ONE + LATER,
     "8-bit GaLore,\nlayer-wise": GALORE + ONE + NOW,
     "the same, 131,072\ntokens a step": GALORE + FULL,
+    "int8 weights,\nr = 512": INT8.format(512) + ONE + NOW,
+    "the same, 131,072\ntokens": INT8.format(512) + SMALL,
 }
 KINDS = ("weights", "state", "gradients", "activations", "temporaries")  # of the figure, in plumbing/memory.py's words
 
@@ -80,7 +87,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10.5, 4.8), layout="constrained")
     bottom = [0.0] * len(rows)
     for kind, colour in zip(KINDS, ["#4c566a", "#5e81ac", "#d08770", "#a3be8c", "#d8dee9"], strict=True):
         heights = [row["by kind"][kind] for row in rows.values()]
@@ -89,14 +96,14 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     for i, row in enumerate(rows.values()):
         axes.text(i, max(row["peak"], bottom[i]) + 1, f"{row['peak']:.1f}", ha="center", va="bottom", zorder=3, backgroundcolor="white",
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
-    for y, style, text in (CARD, "-", f"RTX 4090: {CARD:.1f}"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
+    for y, style, text in (CARD, "-", f"RTX 4090: {CARD:.1f}"), (16.2, "-", "16 GiB card: 16.2"), (22.0, ":", "paper, 8-bit\nGaLore, layer-wise,\n256 tokens: 22.0"):
         axes.axhline(y, color="#bf616a", linewidth=1.2, linestyle=style, zorder=0.5 if style == "-" else 2)
         axes.text(len(rows) - 0.5, y + 0.6 if style == "-" else y - 0.8, text, color="#bf616a", va="bottom" if style == "-" else "top", fontsize=8)
     axes.set_xticks(range(len(rows)), rows)
     axes.set_xlim(-0.6, len(rows) + 0.4)
     axes.set_ylim(0, 92)
     axes.set_ylabel("peak of a training step, GB (1e9 bytes)")
-    axes.set_title("7B LLaMA, bf16 weights, rank 1024, vocabulary 32,000, 256 tokens a step (but for the last)", fontsize=10)
+    axes.set_title("7B LLaMA, bf16 weights, rank 1024, vocabulary 32,000, 256 tokens a step where nothing else is said", fontsize=10)
     axes.legend(loc="upper right", fontsize=9, title="at the peak", title_fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
