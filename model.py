@@ -189,28 +189,39 @@ class Block(nn.Module):
 
 # ----- The loss ---------------------------------------------------------------------------------------------
 
+def loss_of_chunk(z: Tensor, targets: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross-entropies of logits z (n, V) with targets (n, 1); its gradient / count in z's dtype.
+    Compiled it makes three passes over z, without a copy in fp32. Eager it has one, and uses it up."""
+    wide, dtype = z.float(), z.dtype
+    del z
+    wide -= wide.amax(dim=1, keepdim=True)                                              # (n, V)
+    picked = wide.gather(1, targets)                                                    # (n, 1)
+    total = wide.exp_().sum(dim=1, keepdim=True)                                        # (n, 1)
+    loss = (total.log() - picked).sum()
+    if not training:
+        return loss, None
+    wide /= total * count
+    at_target = picked.exp() / (total * count) - 1 / count
+    return loss, wide.to(dtype).scatter_(1, targets, at_target.to(dtype))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(x W'). A Function because of memory: one chunk's logits exist at a time.
     Their gradient is (softmax - onehot) / N. Forward makes dx and dW of it, which backward only scales."""
     @staticmethod
-    def forward(ctx, x, W, targets, rows, training):
+    def forward(ctx, x, W, targets, rows, training, loss_of_chunk):
         dx = torch.empty_like(x) if training else None                                  # (N, C)
         dW = torch.zeros_like(W) if training and ctx.needs_input_grad[1] else None      # (V, C)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i in range(0, len(x), rows):
             xs, t = x[i:i + rows], targets[i:i + rows, None]                            # (n, C), (n, 1)
-            z = F.linear(xs, W).float()                                                 # (n, V)
-            z -= z.amax(dim=1, keepdim=True)
-            picked = z.gather(1, t)                                                     # (n, 1)
-            total = z.exp_().sum(dim=1, keepdim=True)                                   # (n, 1)
-            loss += (total.log() - picked).sum()
+            part, dz = loss_of_chunk(F.linear(xs, W), t, len(x), training)              # (), (n, V)
+            loss += part
             if training:
-                z /= total * len(x)
-                z = z.scatter_add_(1, t, z.new_full(t.shape, -1 / len(x))).to(x.dtype)  # its gradient
-                torch.mm(z, W, out=dx[i:i + rows])
-                if dW is not None:
-                    dW.addmm_(z.T, xs)    # sums in fp32 inside a chunk; rounded to W's type once per chunk
-            del z                         # or it would live on beside the next chunk's
+                torch.mm(dz, W, out=dx[i:i + rows])
+            if dW is not None:
+                dW.addmm_(dz.T, xs)       # sums in fp32 inside a chunk; rounded to W's type once per chunk
+            del dz                        # or it would live on beside the next chunk's
         ctx.save_for_backward(dx, dW)
         return loss / len(x)
 
@@ -218,17 +229,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         # In place, so that the head's gradient exists once. Autograd refuses a second backward through it.
-        return *(None if made is None else made.mul_(dloss) for made in ctx.saved_tensors), None, None, None
+        return *(None if made is None else made.mul_(dloss) for made in ctx.saved_tensors), *[None] * 4
 
 
 CHUNK_LOGITS = 1024 * 32000    # logits alive at once: 131 MB in fp32, 1024 tokens at the paper's vocabulary
 
 
-def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None,
+                  loss_of_chunk=loss_of_chunk) -> Tensor:
     """Mean cross-entropy in nats, 0-dim fp32; under no_grad only the loss is computed.
     x (N, C) hidden states, W (V, C) head weight, targets (N,) int64; rows: tokens per chunk."""
     rows = rows or max(1, CHUNK_LOGITS // len(W) // 64) * 64    # whole tiles of the matrix product
-    return ChunkedCrossEntropy.apply(x, W, targets, rows, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, W, targets, rows, torch.is_grad_enabled(), loss_of_chunk)
 
 
 # ----- The model --------------------------------------------------------------------------------------------
@@ -236,6 +248,8 @@ def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None
 class Llama(nn.Module):
     """LLaMA with random weights, made on `device` in `dtype`, without a second copy. On "meta", to_empty()
     and init_weights() complete it. activation_checkpointing = True recomputes blocks in the backward pass."""
+    loss_of_chunk = staticmethod(loss_of_chunk)    # may be compiled
+
     def __init__(self, config: Config, device: torch.device | str = None, dtype: torch.dtype = None):
         super().__init__()
         self.config, self.activation_checkpointing = config, False
@@ -278,8 +292,10 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) the mean cross-entropy in nats."""
         x = self.hidden(tokens)
-        return (self.lm_head(x) if targets is None else
-                cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten()))  # 0-dim, fp32
+        if targets is None:
+            return self.lm_head(x)
+        return cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                             loss_of_chunk=self.loss_of_chunk)
 
     @torch.no_grad()
     def stream(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,

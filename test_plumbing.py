@@ -12,9 +12,79 @@ import torch
 import data
 import train
 from model import Config, Llama
+from plumbing import files, memory, sample, shards
 from plumbing import hf as hf_folders
-from plumbing import sample, shards
-from test_galore import TINY, alone, change_config, oracle, run, some_tokens, texts, tiny  # noqa: F401
+from test_galore import FEW, TINY, change_config, log_of, oracle, run, some_tokens, texts, tiny
+from test_galore import alone, tokens  # noqa: F401
+
+# ----- the disk, and the plan -------------------------------------------------------------------------------
+
+
+def room(patch, there):
+    """Checkpoints of the steps for which there(step) is false do not fit. Returns the steps tried so far."""
+    tried, save = [], torch.save
+
+    def instead(what, file):
+        tried.append(what["step"])
+        if not there(what["step"]):
+            file.write(b"x" * 1000)
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    patch.setattr(torch, "save", instead)
+    return tried
+
+
+def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
+    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
+    training goes on. When there is room again all is written. If there is none at the end the code is 1."""
+    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1", "--eval_every", "99"]
+    run(tmp_path, *options, "--out_dir", "calm")
+    write, full = files.Log.write, OSError(28, "No space left")
+
+    def full_for_the_log(self, line=None):
+        if self.lines < 5 or self.lines > 6:
+            return write(self, line)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open", lambda *_, **__: (_ for _ in ()).throw(full), raising=False)
+            return write(self, line)
+
+    with monkeypatch.context() as patch:
+        tried = room(patch, lambda step: step not in (2, 3))
+        patch.setattr(files.Log, "write", full_for_the_log)
+        output = run(tmp_path, *options, "--out_dir", "run")
+    assert tried == [0, 1, 2, 3, 4, 6, 7, 8]  # not 5, whose line the log did not take
+    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 2
+    assert output.count("log.jsonl could not be written") == 1
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-00000008.pt", "log.jsonl"]
+    calm, ours = (files.read_checkpoint(tmp_path / name)["model"] for name in ("calm", "run"))
+    assert all(torch.equal(calm[name], ours[name]) for name in calm)
+    calm, ours = ([line.get("loss") for line in log_of(tmp_path / name)] for name in ("calm", "run"))
+    assert calm == ours and len(calm) > 8
+    with monkeypatch.context() as patch:
+        room(patch, lambda step: step < 8)
+        output = run(tmp_path, *options, "--out_dir", "last", expect=1)
+    assert output.endswith("train.py: the checkpoint of step 8 could not be written\n")
+    assert files.checkpoints(tmp_path / "last")[-1].name == "checkpoint-00000007.pt"
+
+
+@pytest.mark.parametrize("free, sizes, ways, expected", [
+    (5.1, [1, 2, 4, 8, 16, 32], [False, True], (16, False)),
+    (1.2, [1, 2, 4, 8, 16, 32], [False, True], (2, True)),
+    (0.5, [1, 2, 4, 8, 16, 32], [False, True], (1, True)),
+    (9.9, [1, 2, 4, 8, 16, 32], [True], (32, True)),
+    (0.5, [8], [False], (8, False)), (1.6, [1, 2], [False, True], (2, False)),
+])  # fmt: skip
+def test_the_largest_that_fits_is_chosen(free, sizes, ways, expected):
+    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the
+    smallest."""
+    peaks = lambda size, way: dict(weights=1.0, activations=size * (0.0625 if way else 0.25))  # noqa: E731
+    size, way, table = memory.choose(peaks, sizes, ways, free, 4)
+    assert (size, way) == expected and table == pytest.approx(peaks(*expected))
+
+
+# ----- Hugging Face folders in and out ----------------------------------------------------------------------
 
 CORPUS = ["hello world, it's a test ", "def f(x):\n    return x\n\n\n", "été naïve 中文 12345 "] * 9
 LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

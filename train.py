@@ -241,6 +241,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
+        model.loss_of_chunk = torch.compile(model.loss_of_chunk, fullgraph=True, dynamic=False)
     if checkpoint:
         check(seal(model.state_dict()) == seal(checkpoint["model"]),
               f"the run in {args.out_dir} has other weights than this model.py makes: go back")
