@@ -60,6 +60,7 @@ class Tokenizer:
 
     def document(self, text: str, begins: bool = True, ends: bool = False) -> np.ndarray:
         """The ids of a piece of a document. A prompt is one that begins and does not end."""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair becomes "?"
         ids = self.encode(self.prefix * begins + text)
         return np.concatenate((self.front[:begins], ids, self.back[:ends]))
 
@@ -126,8 +127,8 @@ def documents(file: Path):
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as lines:
             if is_json:
                 for at, line in enumerate(lines, 1):
-                    if not line.isspace():  # half a surrogate pair becomes "?"
-                        yield json.loads(line)["text"].encode(errors="replace").decode(), True, True
+                    if not line.isspace():
+                        yield "" + json.loads(line)["text"], True, True  # "" +: it must be a string
             else:
                 while piece := lines.read(1 << 16) + lines.readline():  # cut at line ends only
                     yield piece.decode().removeprefix("\ufeff" * (at == 0)), at == 0, False  # no order mark

@@ -1,6 +1,6 @@
 """Pre-train a LLaMA, with GaLore or without.
 
-    python train.py --size toy --data python --galore --rank 64           # minutes on a CPU, no download
+    python train.py --size toy --galore --direction muon                  # minutes on a CPU, no download
     python train.py --size 60m --galore --rank 128 --data DIR             # C4's shards in DIR, or your text
     python train.py --size 7b --galore --rank 1024                        # C4 as it goes; one 24 GB GPU
     python train.py --size 7b --galore --rank 1024 --plan                 # what that takes, without taking it
@@ -40,10 +40,11 @@ from data import C4_URL, EndOfData, get_tokenizer, open_data
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
 from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
-                            most_memory, read_checkpoint, save, seal, world)
+                            most_memory, read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
 from plumbing.shards import tell
+from plumbing.tokenizer import keep_files
 from thin import thin
 
 # The paper's tables 2 and 5, for 7B section 5.2; its batch is 512 x 256. A size that is not in RECIPES has a
@@ -52,7 +53,7 @@ PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, ste
              update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
-    "toy": dict(data="python", tokenizer="bytes", seq_len=128, total_batch_size=8, steps=600, rank=64,
+    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1200, rank=128,
                 update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.02, 0.001)),
     "60m": dict(rank=128),
     "130m": dict(steps=20_000, rank=256),
@@ -62,7 +63,8 @@ RECIPES = {
     "7b": dict(steps=150_000, rank=1024, update_proj_gap=500, state_bits=8, lr=(0.005, 0.01, 0.0005)),
     "mobilellm-125m": dict(steps=20_000, rank=128),
     "mobilellm-350m": dict(steps=60_000, rank=256),
-    "init": dict(steps=1000, rank=128),  # --init, whatever its shape
+    "init": dict(seq_len=1024, total_batch_size=64, steps=1000, rank=128, eval_tokens=1_000_000,
+                 lr=(0.0002, 0.0002, 0.00002)),  # --init, whatever its shape
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume
@@ -74,18 +76,6 @@ PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a che
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
-
-
-def within(least, most=1e38):
-    """A type for argparse: a number from `least` to `most`, whole if `least` is."""
-    def number(word):
-        value = type(least)(word)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{word} must lie between {least:g} and {most:g}")
-        return value
-
-    number.__name__ = type(least).__name__  # argparse says "invalid int value"
-    return number
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -167,6 +157,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     or ValueError for what cannot be honoured."""
     parser, checkpoint, run = arguments(), None, {}
     typed, _ = parser.parse_known_args(words)
+    check(typed.init != "", "--init is empty")
     if typed.resume:
         check(typed.out_dir, "--resume needs --out_dir, the folder of the run")
         checkpoint = read_checkpoint(Path(typed.out_dir))
@@ -385,13 +376,14 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     same = seal(kept(args) | dict(step=step, data=None, data_dir=None))
     check(highest(same) == -highest(-same), "the processes do not agree: start all with the same arguments, "
           "and --resume from the same checkpoint, in a folder that they share or a copy of it")
-    tokenizer = get_tokenizer(args.tokenizer)
+    own = Path(args.out_dir, "tokenizer")
+    tokenizer = get_tokenizer(str(own) if checkpoint and own.exists() else args.tokenizer)
     check(len(tokenizer.encode(args.sample)), "--sample is empty")  # encode raises now, not after the run
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
-    where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
-    stream = open_data(args.data, tokenizer, "train", *where, state=place or None)
-    val = open_data(args.data, tokenizer, "val", *where)
+    if args.seq_len > config.max_position_embeddings:
+        tell(f"--seq_len {args.seq_len} is more than the {config.max_position_embeddings} tokens that "
+             f"{args.init} was made for")
 
     torch.manual_seed(args.seed)
     start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
@@ -399,17 +391,23 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
         model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(start)
     else:
         model = Llama(config, start, getattr(torch, args.dtype))
+    where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
+    stream = open_data(args.data, tokenizer, "train", *where, state=place or None)
+    val = open_data(args.data, tokenizer, "val", *where)
     try:
         args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
         args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
         tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
+    keep_files(tokenizer, own)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
         versions = dict(python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())
         log.write(dict(step=step, args=vars(args), versions=versions, parameters=model.num_parameters()))
-    tell(f"{args.size}: {model.num_parameters():,} parameters, {args.dtype}, {world()} x {args.device}\n"
+    narrow = " and int8" * bool(args.weight_bits)
+    tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}{narrow}, "
+         f"{world()} x {args.device}\n"
          f"{method}: {args.direction}, lr {args.lr}, {args.warmup_steps} steps of warm-up, then a cosine\n"
          f"{args.steps} steps of {accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} "
          f"tokens of {args.data}; all goes to {args.out_dir}")

@@ -27,8 +27,8 @@ import runs
 
 METHODS = {"GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8), "full rank": dict(optimiser="AdamW"),
            "LoRA": dict(optimiser="LoRA")}  # fmt: skip
-RATES = {"GaLore": [0.0001, 0.0003, 0.001], "8-bit GaLore": [0.0003], "full rank": [0.00001, 0.00003, 0.0001], "LoRA": [0.0001, 0.0003, 0.001]}
-SETTING = dict(seq_len=256, total_batch_size=1, steps=100, warmup_steps=10, rank=64, T=200, eval_tokens=16_384)
+RATES = {"GaLore": [0.00003, 0.0001, 0.0003], "8-bit GaLore": [0.0001], "full rank": [0.00001, 0.00003, 0.0001], "LoRA": [0.0001, 0.0003, 0.001]}
+SETTING = dict(seq_len=256, total_batch_size=1, steps=60, warmup_steps=6, rank=64, T=200, eval_tokens=8192)
 
 
 def smollm2() -> Path:

@@ -16,7 +16,9 @@ with an error; tokens a second, all methods taking turns in one process, without
 As in the paper a method has one rate for all of its parameters, and so GaLore, whose alpha makes the matrices' a quarter of it, trains embedding and head at
 a higher one than the others. --others_lr takes that advantage away (at toy size most of GaLore's lead over AdamW is this):
 
-    python experiments/table2.py --others_lr 0.01 --rates 3 --out experiments/results/table2-others.json
+    python experiments/table2.py --seeds 0 1 2 --others_lr 0.02 --rates 3
+
+That is what results/table2.json was made with.
 
 LoRA and ReLoRA start from random, frozen weights and have no full-rank warm-up, as in the paper (lora.py); ReLoRA restarts three times. GaLore
 is thin, the others plain. All are galore.GaLoreAdamW, which is AdamW where no rank is given.

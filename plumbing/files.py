@@ -9,6 +9,7 @@ behind its checkpoint. A full disk ends nothing: lines wait in memory, the next 
 
 Left out on purpose: Windows (fcntl), checkpoints in several files.
 """
+import argparse
 import fcntl
 import json
 import math
@@ -218,6 +219,18 @@ class Brake:
         if highest(self.asked > 0 or self.problem != ""):
             raise Stop
         return result
+
+
+def within(least, most=1e38):
+    """A type for argparse: a number from `least` to `most`, whole if `least` is."""
+    def number(word):
+        value = type(least)(word)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{word} must lie between {least:g} and {most:g}")
+        return value
+
+    number.__name__ = type(least).__name__  # argparse says "invalid int value"
+    return number
 
 
 def most_memory() -> int:

@@ -50,6 +50,7 @@ def read_config(folder: str | os.PathLike) -> Config:
     path = Path(folder) / "config.json"
     raw = read_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope if isinstance(rope, dict) else dict(rope_type=rope)
     kind = rope.get("rope_type", rope.get("type", "default"))    # "type" is the older name
     if kind not in ROPE or not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
         raise ValueError(f"{path}: rope_type is {kind!r} with {rope}, but this model implements only "
@@ -63,9 +64,13 @@ def read_config(folder: str | os.PathLike) -> Config:
     for key, value in implemented.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}, but this model implements only {value!r}.")
+    given = {f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None}
+    for key, value in given.items():
+        if key != "rope_scaling" and not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{path}: {key} is {value!r}, but must be a number.")
     try:
-        return Config(**{f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None})
-    except (TypeError, ValueError) as error:
+        return Config(**given)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe a LLaMA ({error}).") from None
 
 
@@ -126,14 +131,21 @@ def assemble(cls: type[nn.Module], config: Config, weights: dict[str, Tensor], f
 
 # ----- Out --------------------------------------------------------------------------------------------------
 
+def refuse_what_is_there(folder: str | os.PathLike) -> Path:
+    """The folder's whole path. Raises ValueError if it holds anything, or is a file."""
+    folder = Path(folder).resolve()
+    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    if there or folder.is_file():
+        what = ", ".join(there[:8]) or "a file"
+        raise ValueError(f"{folder} is there already ({what}): take another folder.")
+    return folder
+
+
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
     """Make a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a data.Tokenizer is
     given. Weights go to .safetensors, or to .bin if that package is not installed. Above 5 GB there are
     several files with an index. Raises ValueError if the folder holds anything."""
-    folder, weights = Path(folder).resolve(), dict(model.named_parameters())    # a tied head is not named
-    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    if there or folder.is_file():
-        raise ValueError(f"{folder} is there already ({', '.join(there[:8])}): take another folder.")
+    folder, weights = refuse_what_is_there(folder), dict(model.named_parameters())    # without a tied head
     ends = dict(bos_token_id=tokenizer and tokenizer.bos, eos_token_id=tokenizer and tokenizer.ends)
     config = asdict(model.config) | ends | dict(    # without ends transformers would assume 1 and 2
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", attention_bias=False,
@@ -162,7 +174,10 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         part.mkdir()
         for i, names in enumerate(files, 1):
             file = stem + f"-{i:05d}-of-{len(files):05d}" * (len(files) > 1) + ending
-            write({name: wide(name).detach().cpu().contiguous() for name in names}, part / file)
+            try:
+                write({name: wide(name).detach().cpu().contiguous() for name in names}, part / file)
+            except Exception as error:    # of a full disk, each writer has its own
+                raise OSError(f"{folder} could not be written ({error})") from None
             places |= dict.fromkeys(names, file)
         made = {"config.json": config} | (write_folder(tokenizer, part, config) if tokenizer else {})
         if len(files) > 1:

@@ -7,6 +7,8 @@ Left out on purpose: chats, several prompts at once.
 import argparse
 import codecs
 import os
+import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from data import Tokenizer, get_tokenizer
 from model import Config, Llama
 from plumbing import hf
-from plumbing.files import checkpoints, read_checkpoint
+from plumbing.files import checkpoints, read_checkpoint, within
 from plumbing.shards import tell
 
 
@@ -26,11 +28,13 @@ def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
     folder, own = Path(source), os.path.join(".", source)    # ./gpt2 is a folder, gpt2 an encoding
     run = read_checkpoint(folder) if checkpoints(folder) else None
     if run:
-        tokenizer, trained = get_tokenizer(name or run["args"]["tokenizer"]), run["data"]["tokenizer"]
+        kept = folder / "tokenizer"
+        tokenizer = get_tokenizer(name or (str(kept) if kept.exists() else run["args"]["tokenizer"]))
+        trained = run["data"]["tokenizer"]
         weights = run["model"]
         for key in [key for key in weights if key.endswith("weight_scale")]:    # of a weight in int8
-            name, dtype = key.removesuffix("_scale"), weights["lm_head.weight"].dtype
-            weights[name] = (weights[name] * weights.pop(key)).to(dtype)
+            codes, dtype = key.removesuffix("_scale"), weights["lm_head.weight"].dtype
+            weights[codes] = (weights[codes] * weights.pop(key)).to(dtype)
         model = hf.assemble(Llama, Config(**run["config"]), weights, source)
     elif (folder / "config.json").exists():
         tokenizer, twice = get_tokenizer(name or own), name and (folder / "tokenizer.json").exists()
@@ -70,30 +74,37 @@ def prompt(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(
         usage="python model.py RUN (--prompt TEXT | --export DIR) [options]   (--help explains them)",
-        description="Go on with a text, or export.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Go on with a text, or export.", allow_abbrev=False)
     add, there = parser.add_argument, ["cpu"]
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + there
     add("source", metavar="RUN", help="a folder of train.py, or of Hugging Face's form")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="goes on with it")
     what.add_argument("--export", metavar="DIR", help="a folder to make, that transformers opens")
-    add("--tokenizer", help="if RUN lacks it or it has moved")
-    add("--tokens", type=int, default=200, help="at most so many")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=int, help="sample among the k likeliest tokens")
-    add("--seed", type=int, help="gives the same text each time")
-    add("--device", choices=there, default=there[0], help="of those there are")
+    add("--tokenizer", help="if RUN has none")
+    options = dict(tokens=200, temperature=0.8, top_k=None, seed=None, device=there[0])
+    add("--tokens", type=within(1), help="at most so many (default: 200)")
+    add("--temperature", type=within(0.0), help="0: always the likeliest token (default: 0.8)")
+    add("--top_k", type=within(1), help="sample among the k likeliest tokens")
+    add("--seed", type=within(0, 2**63 - 1), help="gives the same text each time")
+    add("--device", choices=there, help=f"of those there are (default: {there[0]})")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):    # as Ctrl-C: nothing half written stays
+        signal.signal(number, signal.default_int_handler)
     try:
-        if args.tokens < 1:
-            raise ValueError(f"--tokens is {args.tokens}: at least 1")
+        typed = {key: value for key, value in vars(args).items() if key in options and value is not None}
+        if args.export is not None:
+            if typed:
+                raise ValueError(f"--{next(iter(typed))} has no effect with --export: leave it out")
+            hf.refuse_what_is_there(args.export)
         model, tokenizer = read(args.source, args.tokenizer)
         if args.export is None:
-            return prompt(model, tokenizer, args)
+            return prompt(model, tokenizer, argparse.Namespace(prompt=args.prompt, **options | typed))
         hf.save(model, args.export, tokenizer)
         tell(f"{args.export}: {model.num_parameters():,} parameters, {model.lm_head.weight.dtype}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except BrokenPipeError:    # `| head`
+        sys.stdout = open(os.devnull, "w")
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error).split("\n")[0])
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")

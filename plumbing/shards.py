@@ -45,7 +45,7 @@ BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 def tell(line: str, always: bool = False):
     """One line to the user, of one process of many unless `always`. It tears no progress bar."""
     if always or os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # a terminal that is gone ends nothing
+        with suppress(OSError, AttributeError):  # a terminal that is gone, or never was, ends nothing
             tqdm.write("\r\033[K" * sys.stderr.isatty() + line, file=sys.stderr)
 
 

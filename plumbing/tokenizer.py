@@ -13,6 +13,7 @@ chat templates. "<s>" in a text is text, like any other.
 """
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -120,9 +121,18 @@ def read_folder(folder: str) -> dict:
     if bos is not None:
         pieces[bos] = b""    # it stands for no text
     stamp = hashlib.sha1(file.read_bytes() + repr((bos, eot)).encode()).hexdigest()[:8]
-    slug = re.sub(r"\W+", "-", root.resolve().name, flags=re.ASCII)[:40]    # no dot: see Shard.token_files
-    return dict(name=f"{slug}-{stamp}", pieces=pieces, eot=eot, encode=encode, bos=bos, prefix=prefix,
+    return dict(name=f"hf-{stamp}", pieces=pieces, eot=eot, encode=encode, bos=bos, prefix=prefix,
                 ends=ends, source=folder)
+
+
+def keep_files(tokenizer, folder: Path) -> None:
+    """Copies what a folder's tokenizer is read from: a run goes on when the folder is gone."""
+    source = Path(tokenizer.source)
+    if source.is_dir() and not folder.exists() and os.environ.get("RANK", "0") == "0":
+        folder.mkdir(parents=True)
+        for name in (*FILES, "config.json", "generation_config.json"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
 
 
 def write_folder(tokenizer, part: Path, config: dict) -> dict[str, dict]:
