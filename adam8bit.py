@@ -123,7 +123,7 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
 
 
 def scale_key(name: str) -> str:
-    """Where a state keeps the scale of `name`. Codes of V hold sqrt(V). (Those beside "V_scale" did not.)"""
+    """Where a state keeps the scale of `name`. Codes of V hold sqrt(V); beside "V_scale" they once held V."""
     return "V_root_scale" if name == "V" else f"{name}_scale"
 
 

@@ -13,7 +13,7 @@ Any model, any loop:
     loss.backward()
     opt.step(); opt.zero_grad()
 thin.py adds one line, after which G is never formed and each weight moves during the backward pass.
-A parameter without a rank is the same code with no P: plain AdamW.
+Parameters without a rank take the same path without P: that is plain AdamW.
 
 References: GaLore, arXiv 2403.03507, algorithms 1 and 2. Power iteration, and moments that rotate: LDAdam,
 2410.16103. Cholesky-QR: 1809.11085. Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024, 2502.16982; in a
@@ -107,9 +107,9 @@ def muon(R, M, betas, dtype, **_):
     M = torch.lerp(M, R, 1 - betas[0])
     X = torch.lerp(R, M, betas[0])
     X = (X / X.norm().clamp_min(1e-7)).to(dtype)
-    for _ in range(5):
+    for _ in range(5):  # X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X
         A = X @ X.T
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return 0.2 * X.shape[1] ** 0.5 * X, M
 
 
@@ -124,7 +124,8 @@ class GaLoreAdamW(Stored):
 
     Group keys (galore-torch's, and two more):
         rank: r, below the short side of every matrix of the group; None for plain AdamW.
-        update_proj_gap: T, steps between refreshes of P. A change counts from the step after the next.
+        update_proj_gap: T, steps between refreshes of P. A change counts after the next step, whose refresh
+            is decided already.
         scale: alpha.
         offset: P is due in the steps t = offset (mod T), so that groups can take turns.
         early_gap: P starts random. It is refreshed four times at the beginning, so many steps apart: at least
@@ -151,7 +152,7 @@ class GaLoreAdamW(Stored):
     """
 
     exact = False
-    scales = {}  # of weights in int8, which only thin.py makes, by parameter
+    scales = {}  # of weights in int8, by parameter; empty unless thin.py puts its own here
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
@@ -181,7 +182,8 @@ class GaLoreAdamW(Stored):
         self.turning = {p for p, group in self.group.items() if group["rank"] and self.due(group)}
 
     def due(self, group: dict) -> bool:
-        """Are the bases of this group refreshed in the next step? Early on offsets shrink as the gap does."""
+        """Are the bases of this group refreshed in the next step? Early on offsets shrink as the gap does:
+        for a gap of 4 and T = 200, offset 100 is 2."""
         t, T, early_gap = group["t"] + 1, group["update_proj_gap"], group["early_gap"]
         gap = T if t > 4 * early_gap + 1 else min(T, early_gap)
         return t > 1 and (t - group["offset"] * gap // T) % gap == 0

@@ -11,7 +11,7 @@ per token, not 2 m n.
     backward   dX, proxy.grad <-- dX, R <-- ThinLinear <-- D
 
 1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead.
-2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: a leaf of R's shape that owns one number.
+2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: one number, expanded to R's shape.
    Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
@@ -67,7 +67,7 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, XP, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        if W_scale is not None:  # no bit changes; but else a compiler would keep W of the forward pass
+        if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
             W_scale = W_scale + 1e-38 * D.reshape(-1, D.shape[-1])[:1, :1].sum()
         dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
         D = D.reshape(-1, D.shape[-1])

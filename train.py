@@ -53,7 +53,7 @@ PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, ste
              update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
-    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1200, rank=128,
+    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1000, rank=128,
                 update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.02, 0.001)),
     "60m": dict(rank=128),
     "130m": dict(steps=20_000, rank=256),
