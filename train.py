@@ -353,6 +353,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     if finished:
         if saved < step:
             brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
+        tell(f"{step - start} steps took {timedelta(seconds=round(time.perf_counter() - began))}")
         return scores
     tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
          f"python train.py --resume --out_dir {args.out_dir}")
@@ -421,6 +422,8 @@ def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     draw = torch.Generator(prompt.device).manual_seed(args.seed)
     texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)
     tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
+    tell(f"more of it:      python model.py {args.out_dir} --prompt TEXT\n"
+         f"take it with you: python model.py {args.out_dir} --export DIR")
 
 
 def main() -> None:
