@@ -248,7 +248,7 @@ class GaLoreAdamW(Stored):
         if direction is adam:  # which works element by element
             parts = zip(pieces(state, names, size), split(R, size))
         steps = (run(advance_)(moments, names, direction, part, **more) for moments, part in parts)
-        weights, scales = split(p.view(-1), size), repeat(None)
+        weights, scales = () if projected else split(p.view(-1), size), repeat(None)
         if projected:
             P, N = run(load)(state, "P", dtype), torch.empty_like(R, dtype=dtype)
             for part, step in zip(split(N, size), steps):
