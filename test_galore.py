@@ -1236,6 +1236,7 @@ def documented(tmp_path_factory, tokens):
     """A whole short run of the README's first command, in a process of its own, on a terminal of ASCII."""
     folder = tmp_path_factory.mktemp("documented")
     options = "--size toy --data python --galore --rank 64 --lr 0.01 --steps 24 --seq_len 64 --eval_tokens 99"
+    options += " --total_batch_size 8"
     command = [sys.executable, HERE / "train.py", *options.split(), "--data_dir", tokens]
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii")
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -1400,7 +1401,7 @@ def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, few):
     (tmp_path / "run" / "checkpoint-best.pt").write_bytes(b"mine")  # neither resumed from nor deleted
     changes = "--steps 8 --lr 0.001 --total_batch_size 4 --batch_size 1 --update_proj_gap 3".split()
     output = run(tmp_path, "--resume", "--out_dir", "run", *changes)
-    assert "lr was 0.005 and is 0.001" in output and "4 micro-batch(es) of 1 x 32" in output
+    assert "lr 0.001, 6 steps" in output and "4 micro-batch(es) of 1 x 32" in output
     last, lines = torch.load(newest(tmp_path / "run"), weights_only=True), log_of(tmp_path / "run")
     assert last["optimizer"]["param_groups"][0]["update_proj_gap"] == 3
     assert lines[-2]["skipped"] == 1  # of before
@@ -1413,7 +1414,7 @@ def test_recipes(monkeypatch, capsys):
     for words, expected in {
         "--size 7b --galore": dict(lr=0.005, rank=1024, update_proj_gap=500, state_bits=8, steps=150_000),
         "--size 1b --galore --direction muon": dict(lr=0.02, rank=512, layerwise=True),
-        "--size toy --exact --galore": dict(lr=0.005, layerwise=False, tokenizer="bytes", warmup_steps=60),
+        "--size toy --exact --galore": dict(lr=0.005, layerwise=False, tokenizer="bytes", warmup_steps=100),
         "--size new --galore": dict(lr=0.01, rank=48, update_proj_gap=200, total_batch_size=512),
     }.items():
         words = [*words.split(), "--vocab_size", "320"]
