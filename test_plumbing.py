@@ -210,6 +210,8 @@ def test_a_model_comes_in_goes_on_and_leaves(family, monkeypatch, tmp_path):
     change_config(start, vocab_size=448, rope_scaling=dict(type="yarn"))
     refused("rope_type is 'yarn'", *words, program=train)
     change_config(start, rope_scaling=None)
+    (start / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json cannot be used", *words, program=train)
     (start / "tokenizer.json").unlink()
     refused("start has no tokenizer.json: say --tokenizer", *words, program=train)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"out", "run", "start"}
