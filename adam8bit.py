@@ -37,6 +37,7 @@ from torch import Tensor
 BLOCK = 256  # values that share a scale
 SLICE = 1 << 22  # values that are updated at once, so that a step takes a few times 17 MB beside the state
 LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
+cut = torch.split  # into slices; the plan, in which one is like another, makes fewer
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
 
 
@@ -159,14 +160,14 @@ def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """x in pieces of `size` values, as (blocks, 256) if 256 divides it: then Adam compiles to one kernel.
     Views, if x is contiguous."""
     x = x.reshape(-1) if x.numel() % BLOCK else x.reshape(-1, BLOCK)
-    return torch.split(x, max(1, size // x[:1].numel()))
+    return cut(x, max(1, size // x[:1].numel()))
 
 
 def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Tensor]]:
     """What is named (as "MV") in pieces of `size` values: views that can be updated one at a time."""
     views = {name: split(state[name], size) for name in names}
     scales = [key for key in map(scale_key, names) if key in state]
-    views |= {key: torch.split(state[key], -(-size // BLOCK)) for key in scales}
+    views |= {key: cut(state[key], -(-size // BLOCK)) for key in scales}
     return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes, split and pieces cut.
-from adam8bit import SLICE, Stored, advance_, check, compiled, load, move_, norm, pieces, split, store, zeros
+from adam8bit import (SLICE, Stored, advance_, check, compiled, cut, load, move_, norm, pieces, split, store,
+                      zeros)  # fmt: skip
 
 ONE, YES = torch.ones(()), torch.tensor(True)
 
@@ -248,17 +249,19 @@ class GaLoreAdamW(Stored):
         if direction is adam:  # which works element by element
             parts = zip(pieces(state, names, size), split(R, size))
         steps = (run(advance_)(moments, names, direction, part, **more) for moments, part in parts)
-        weights, scales = () if projected else split(p.view(-1), size), repeat(None)
+        scales = repeat(None)
         if projected:
             P, N = run(load)(state, "P", dtype), torch.empty_like(R, dtype=dtype)
             for part, step in zip(split(N, size), steps):
                 part.copy_(step.view_as(part))
             A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
             some = min(-(-len(p) // 2), -(-size // p.shape[1]))  # rows at a time: half of p at most
-            lr, weights = lr * group["scale"], torch.split(p, some)
-            steps = (a @ B for a in torch.split(A, some))
+            lr, weights = lr * group["scale"], cut(p, some)
+            steps = (a @ B for a in cut(A, some))
             if self.scales.get(p) is not None:  # W is in codes
-                scales = torch.split(self.scales[p], some)
+                scales = cut(self.scales[p], some)
+        else:
+            weights = split(p.view(-1), size)
         for i, (w, step, scale) in enumerate(zip(weights, steps, scales)):
             run(move_)(w, step, lr, stay, self.noise(p, i), scale)
         if Y is not None:

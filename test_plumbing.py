@@ -180,9 +180,11 @@ def test_a_model_comes_in_goes_on_and_leaves(family, monkeypatch, tmp_path):
     words = ("--init start --data text.txt --total_batch_size 2 --seq_len 32 --eval_tokens 64 --steps 9 "
              "--device cpu").split()
     run(tmp_path, *words, "--eval_every", 99, "--out_dir", "run", "--lr", 0.02)
+    start.rename(tmp_path / "gone")    # the run has a copy of its tokenizer
     run(tmp_path, *"--resume --out_dir run --steps 10 --device cpu".split())
     monkeypatch.setattr(hf_folders, "FILE_BYTES", 50_000)
     run(tmp_path, *"run --export out".split(), program=sample)
+    (tmp_path / "gone").rename(start)
     assert (tmp_path / "out" / "model-00001-of-00004.safetensors").stat().st_mode & 0o44 == 0o44
     autos = hf.AutoModelForCausalLM, hf.AutoTokenizer
     theirs, read = (auto.from_pretrained(tmp_path / "out") for auto in autos)

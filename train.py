@@ -386,15 +386,16 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
         tell(f"--seq_len {args.seq_len} is more than the {config.max_position_embeddings} tokens that "
              f"{args.init} was made for")
 
-    torch.manual_seed(args.seed)
     start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
-    if args.init and not checkpoint:
-        model = Llama.from_pretrained(args.init, getattr(torch, args.dtype)).to(start)
-    else:
-        model = Llama(config, start, getattr(torch, args.dtype))
+    model, dtype = None, getattr(torch, args.dtype)
+    if args.init and not checkpoint:  # before the data, which may take hours
+        model = Llama.from_pretrained(args.init, dtype).to(start)
     where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
     stream = open_data(args.data, tokenizer, "train", *where, state=place or None)
     val = open_data(args.data, tokenizer, "val", *where)
+
+    torch.manual_seed(args.seed)
+    model = model or Llama(config, start, dtype)
     try:
         args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own

@@ -131,6 +131,12 @@ def assemble(cls: type[nn.Module], config: Config, weights: dict[str, Tensor], f
 
 # ----- Out --------------------------------------------------------------------------------------------------
 
+def wide(stored: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """A weight as it is, or, if a scale for each row stands beside it, of int8 codes in dtype."""
+    scale = stored.get(name + "_scale")
+    return stored[name] if scale is None else (stored[name] * scale).to(dtype)
+
+
 def refuse_what_is_there(folder: str | os.PathLike) -> Path:
     """The folder's whole path. Raises ValueError if it holds anything, or is a file."""
     folder = Path(folder).resolve()
@@ -155,12 +161,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         stem, ending, write = "model", ".safetensors", lambda *to: save_file(*to, metadata={"format": "pt"})
     except ImportError:
         stem, ending, write = "pytorch_model", ".bin", torch.save
-    scales, head = dict(model.named_buffers()), model.lm_head.weight
-
-    def wide(name):    # a weight in int8 has a scale for each row
-        scale = scales.get(name + "_scale")
-        return weights[name] if scale is None else (weights[name] * scale).to(head.dtype)
-
+    stored, head = weights | dict(model.named_buffers()), model.lm_head.weight
     sizes = {name: weight.numel() * head.element_size() for name, weight in weights.items()}
     files, room = [], 0
     for name, size in sizes.items():
@@ -175,7 +176,8 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         for i, names in enumerate(files, 1):
             file = stem + f"-{i:05d}-of-{len(files):05d}" * (len(files) > 1) + ending
             try:
-                write({name: wide(name).detach().cpu().contiguous() for name in names}, part / file)
+                write({name: wide(stored, name, head.dtype).detach().cpu().contiguous() for name in names},
+                      part / file)
             except Exception as error:    # of a full disk, each writer has its own
                 raise OSError(f"{folder} could not be written ({error})") from None
             places |= dict.fromkeys(names, file)

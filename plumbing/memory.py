@@ -60,7 +60,7 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
     tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
-          mock.patch("torch.split", few_slices),
+          mock.patch("adam8bit.cut", few_slices), mock.patch("galore.cut", few_slices),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         model, opt, micro_batches = build(blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
@@ -157,4 +157,4 @@ def fit(args, config: Config, plan) -> None:
               f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
     elif need >= free:
         raise ValueError(f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a lower --rank, "
-                         "--state_bits 8, --activation_checkpointing, or a smaller --size")
+                         "--state_bits 8, --weight_bits 8, or a smaller --size")

@@ -31,10 +31,8 @@ def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
         kept = folder / "tokenizer"
         tokenizer = get_tokenizer(name or (str(kept) if kept.exists() else run["args"]["tokenizer"]))
         trained = run["data"]["tokenizer"]
-        weights = run["model"]
-        for key in [key for key in weights if key.endswith("weight_scale")]:    # of a weight in int8
-            codes, dtype = key.removesuffix("_scale"), weights["lm_head.weight"].dtype
-            weights[codes] = (weights[codes] * weights.pop(key)).to(dtype)
+        stored, dtype = run["model"], run["model"]["lm_head.weight"].dtype
+        weights = {name: hf.wide(stored, name, dtype) for name in stored if not name.endswith("weight_scale")}
         model = hf.assemble(Llama, Config(**run["config"]), weights, source)
     elif (folder / "config.json").exists():
         tokenizer, twice = get_tokenizer(name or own), name and (folder / "tokenizer.json").exists()

@@ -127,12 +127,16 @@ def read_folder(folder: str) -> dict:
 
 def keep_files(tokenizer, folder: Path) -> None:
     """Copies what a folder's tokenizer is read from: a run goes on when the folder is gone."""
-    source = Path(tokenizer.source)
-    if source.is_dir() and not folder.exists() and os.environ.get("RANK", "0") == "0":
-        folder.mkdir(parents=True)
-        for name in (*FILES, "config.json", "generation_config.json"):
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+    source, part = Path(tokenizer.source), folder.with_suffix(".part")
+    if os.environ.get("RANK", "0") != "0" or source == folder or not source.is_dir():
+        return
+    for there in (part, folder):    # of a start that went no further
+        shutil.rmtree(there, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in (*FILES, "config.json", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, part / name)
+    part.rename(folder)    # whole, or not there
 
 
 def write_folder(tokenizer, part: Path, config: dict) -> dict[str, dict]:
