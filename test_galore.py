@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import warnings
 import weakref
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -39,7 +38,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +49,8 @@ import model as model_file
 import train
 from galore import Exact, GaLoreAdamW, orthonormal, param_groups, refresh, rotate
 from model import SIZES, Config, Llama, cross_entropy
-from plumbing import files, memory, shards
+from plumbing import files, sample, shards
+from plumbing.files import read_checkpoint
 from thin import thin
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose tenfold on a busy machine
@@ -734,6 +733,153 @@ def test_a_training_step_has_two_graphs():
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
+# ----- weights in 8 bits ------------------------------------------------------------------------------------
+
+
+def narrowed(steps, micro=1, dtype=torch.float32, into=None, **options):
+    """`trained` the thin way, with the matrices of blocks in int8."""
+    torch.manual_seed(0)
+    model = Net(partial(nn.Linear, bias=False)).to(dtype)
+    opt = GaLoreAdamW(param_groups(model, rank=8, update_proj_gap=7), lr=3e-3, eps=EPS, **options)
+    thin(model, opt, accumulate=micro, weight_bits=8)
+    if into:
+        model.load_state_dict(into["model"]), opt.load_state_dict(into["opt"])
+    return trained("thin", steps, micro, model=model, opt=opt, start=5 * (into is not None))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def widened(model):
+    """Weights by name, as they count."""
+    scales = dict(model.named_buffers())
+    return {name: p.detach() * scales.get(name + "_scale", 1) for name, p in model.named_parameters()}
+
+
+def test_random_rounding_of_codes_is_right_on_average():
+    """A step's mean over many seeds is the fp32 step. 100 updates of a tenth of the grid move the mean as in
+    fp32; rounded to nearest, nothing moves. A code without an update stays, and a row that grows fits."""
+    W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 1, 8)[:, None]
+    W[3] = 0
+    codes, scale = adam8bit.narrow(W)
+    assert ((codes * scale - W).abs() <= 0.5001 * scale).all() and codes[0].abs().max() == 127
+    many, row = codes[:1].repeat(20000, 1), scale[:1].repeat(20000, 1)
+    row *= 2  # of the update, 0.3 of a code, half is left
+    N, one, before = torch.full(many.shape, 0.3), torch.ones(()), many.clone()
+    for lr, mean in ((0.0, 0.0), (scale[0, 0], -0.15)):
+        adam8bit.move_(many, N, lr, one, torch.tensor(7), row)
+        assert ((many - before.float()).mean(0) - mean).abs().max() < 0.015 * (lr > 0) + 1e-9
+    walk, nearest = torch.zeros(64, 64, dtype=torch.int8), torch.zeros(64, 64)
+    for seed in range(100):
+        adam8bit.move_(walk, torch.full((64, 64), -0.1), one, one, torch.tensor(seed), torch.ones(64, 1))
+        nearest = (nearest + 0.1).round()
+    assert abs(walk.float().mean() - 10) < 0.25 and nearest.abs().max() == 0
+    there = codes * scale + 3 * codes.sign()
+    adam8bit.move_(codes, codes.sign() * -0.3, torch.tensor(10.0), one, torch.tensor(1), scale)
+    assert ((codes * scale - there).abs() <= 1.001 * scale).all() and codes[0].abs().max() == 127
+
+
+@pytest.mark.parametrize("options", [dict(direction="muon"), dict(max_norm=0.5, weight_decay=0.1)], ids=str)
+def test_a_step_of_codes_is_a_step_of_weights(options):
+    """From the same weights, a step in int8 ends within a step of the grid of the step in fp32, and all else
+    where that ends. Four micro-batches end with the loss of one batch."""
+    codes, opt = narrowed(0, **options)
+    start = widened(codes)
+    trained("thin", 1, model=codes, opt=opt)
+    torch.manual_seed(0)
+    model = Net(partial(nn.Linear, bias=False))
+    model.load_state_dict(start)
+    model, twin = trained("thin", 1, model=model, opt=None, **options)
+    after, scales = widened(codes), dict(codes.named_buffers())
+    for name, p in model.named_parameters():
+        grid = scales.get(name + "_scale", torch.tensor(1e-5))
+        assert ((after[name] - p).abs() <= 1.001 * grid).all() and not torch.equal(after[name], start[name])
+    assert torch.allclose(opt.norm, twin.norm, rtol=1e-4)
+    one, two = narrowed(8, **options)[0](*batch(99)), narrowed(8, 4, **options)[0](*batch(99))
+    assert abs(one - two) < 2e-3 < Net()(*batch(99)) - one
+
+
+def test_codes_resume_bit_for_bit(tmp_path):
+    """The model's state_dict holds codes and scales. Saved after 5 steps and loaded, 5 more give the bits of
+    10. A model that is not in int8 does not take them."""
+    for options in (dict(dtype=torch.bfloat16), dict(state_bits=8, direction="muon")):
+        unbroken, _ = narrowed(10, **options)
+        model, opt = narrowed(5, **options)
+        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "x")
+        resumed, _ = narrowed(5, into=torch.load(tmp_path / "x", weights_only=True), **options)
+        assert same(unbroken.state_dict(), resumed.state_dict())
+        assert not same(unbroken.state_dict(), model.state_dict())
+        with pytest.raises(RuntimeError, match="weight_scale"):
+            Net(partial(nn.Linear, bias=False)).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_codes_are_kept_for_the_backward_pass(compile):
+    """No wide matrix is kept, compiled or not. Weights take a byte each, and four for a row."""
+    torch._dynamo.reset()
+    model, opt = narrowed(2)
+    if compile:
+        model.layers[0].compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    kept, x = [], torch.randn(3, 5, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model.layers[0](x)
+    shapes = [{*layer.weight.shape} for layer in opt.modules]
+    assert not any(x.is_floating_point() and {*x.shape} in shapes for x in kept)
+    assert sum(x.dtype == torch.int8 for x in kept) == 3
+    taken = [layer.weight.nbytes + layer.weight_scale.nbytes for layer in opt.modules]
+    assert taken == [layer.weight.numel() + 4 * len(layer.weight) for layer in opt.modules]
+
+
+def test_nothing_of_a_matrix_lives_between_layers():
+    """Each layer makes wide matrices in its forward and backward pass, and they are gone where it ends."""
+    model, opt = narrowed(2)
+    shapes, made, looks = [{*layer.weight.shape} for layer in opt.modules], [], []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.is_floating_point() and {*out.shape} in shapes and out.ndim == 2:
+                made.append(weakref.ref(out))
+            return out
+
+    def look(*_):
+        looks.append((len(made), sum(x() is not None for x in made)))
+
+    for layer in opt.modules:
+        layer.register_forward_hook(look)
+        layer.register_full_backward_hook(look)
+    with Note():
+        model(*batch(0)).backward()
+    assert len(looks) == 2 * len(opt.modules) and not any(alive for _, alive in looks)
+    assert looks[-1][0] >= 2 * len(opt.modules)
+
+
+def test_a_run_in_int8(tmp_path, tokens):
+    """--weight_bits 8 trains, saves int8, resumes, and is refused in one sentence without the thin way. What
+    is exported computes the same."""
+    for words in ("", "--galore --exact", "--galore --no-layerwise"):
+        said = run(tmp_path, "--weight_bits", 8, *words.split(), expect=2)
+        assert "--weight_bits 8 needs --galore" in said and len(said.splitlines()) == 2
+    few = [*FEW, "--weight_bits", 8, "--data_dir", tokens, "--out_dir", "a"]
+    run(tmp_path, *few, "--steps", 2, "--sample", "x")
+    name, folder = "model.layers.0.mlp.up_proj.weight", tmp_path / "a"
+    held = read_checkpoint(folder)["model"][name].clone()
+    assert held.dtype == torch.int8 and held.abs().max() == 127
+    run(tmp_path, "--resume", "--out_dir", "a", "--steps", 3)
+    made = read_checkpoint(folder)["model"]
+    assert not torch.equal(held, made[name])
+    run(tmp_path, "a", "--export", "hf", program=sample)
+    theirs = Llama.from_pretrained(tmp_path / "hf").state_dict()
+    assert torch.equal(theirs[name], made[name] * made[name + "_scale"])
+    model = tiny()
+    thin(model, GaLoreAdamW(param_groups(model, 4)), weight_bits=8)
+    model.save_pretrained(tmp_path / "tiny")
+    with torch.no_grad():
+        logits, again = (m(some_tokens()) for m in (model, Llama.from_pretrained(tmp_path / "tiny")))
+    assert torch.allclose(logits, again, atol=1e-6)
+
+
 # ----- several processes ------------------------------------------------------------------------------------
 
 
@@ -884,72 +1030,6 @@ def test_checkpoints_go_both_ways(variant, tmp_path, monkeypatch):
     theirs.save_pretrained(tmp_path / "theirs")
     back = Llama.from_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(back(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
-
-
-def change_config(folder, **change):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-
-
-@pytest.mark.parametrize("field, value, sentence", [
-    ("attention_bias", True, "attention_bias is True"), ("model_type", "qwen3", "model_type is 'qwen3'"),
-    ("rope_scaling", dict(type="yarn", factor=2.0), "rope_type is 'yarn'"),
-    ("rope_parameters", dict(rope_type="yarn", rope_theta=1e4), "rope_type is 'yarn'"),
-    ("model_type", "mistral", "sliding_window is 4096"), ("hidden_size", None, "config.json.*hidden_size"),
-    ("hidden_size", 36, "head_dim 9, by default"), ("num_key_value_heads", 3, "not a multiple"),
-])  # fmt: skip
-def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_path):
-    """A config.json whose model is not this one gives a sentence that names the field and its value."""
-    tiny().save_pretrained(tmp_path)
-    change_config(tmp_path, **{"head_dim": None, field: value})
-    refused(lambda: Llama.from_pretrained(tmp_path), sentence)
-
-
-class Evil:
-    """A pickle that creates a file when it is opened as Python's own are."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return open, (str(self.trace), "w")
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_sharded_and_damaged_checkpoints(suffix, tmp_path, monkeypatch):
-    """Several files read as one. What is missing, odd, damaged or elsewhere is refused; no code runs."""
-    write = torch.save
-    if suffix == ".bin":
-        monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # import fails from here on
-    else:
-        write = oracle("safetensors.torch", "safetensors").save_file
-    model = tiny(num_key_value_heads=2, tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    (path,), name = tmp_path.glob("*" + suffix), "model.layers.1.mlp.up_proj.weight"
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    for changed, sentence in [
-        ({key: weights[key] for key in weights if key != name}, f"{name} is missing"),
-        (weights | {"extra": torch.ones(1)}, "extra"), (weights | {name: torch.ones(3, 4)}, r"\(3, 4\)"),
-        (weights | {"lm_head.weight": torch.ones(97, 32)}, "lm_head.weight is .* should be absent"),
-    ]:  # fmt: skip
-        write(changed, path)
-        refused(lambda: Llama.from_pretrained(tmp_path), sentence)
-    path.write_bytes(path.read_bytes()[:3000])
-    refused(lambda: Llama.from_pretrained(tmp_path), "cannot be read")
-    torch.save(Evil(tmp_path / "trace"), path)
-    refused(lambda: Llama.from_pretrained(tmp_path), "cannot be read")
-    assert not (tmp_path / "trace").exists()
-    path.unlink()
-    places = {key: f"part-{i % 2}{suffix}" for i, key in enumerate(weights)}
-    for place in set(places.values()):
-        write({key: weights[key] for key in weights if places[key] == place}, tmp_path / place)
-    index = tmp_path / f"{path.name}.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    read = Llama.from_pretrained(tmp_path)
-    assert all(map(torch.equal, model.state_dict().values(), read.state_dict().values()))
-    for place in ("../outside", str(tmp_path / "part-0")):
-        index.write_text(json.dumps({"weight_map": places | {name: place}}))
-        refused(lambda: Llama.from_pretrained(tmp_path), "may name only files beside it")
 
 
 def test_sizes_and_first_weights():
@@ -1116,48 +1196,6 @@ def test_what_is_read_of_a_folder(tmp_path, folder, capsys):
     assert said.count("\n") == 1 and f"not read: {folder[2].replace('|', ', ')}\n" in said
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """C4's files, at "served". trouble: of the next requests for a name. log: names and first bytes asked."""
-    self = SimpleNamespace(trouble={}, log=[], waits=[])
-    self.options = dict(data_dir=str(tmp_path / "here"), data_url="http://server/{}")
-
-    def urlopen(request, timeout):
-        name, start = request.selector[1:], int(request.get_header("Range", "bytes=0-")[6:-1])
-        kind, body = (self.trouble.get(name) or [None]).pop(0), (tmp_path / "served" / name).read_bytes()
-        self.log.append((name, start))
-        if kind == 503 or start >= len(body):
-            raise urllib.error.HTTPError(name, kind or 416, "no", {"Retry-After": "0"}, io.BytesIO())
-        start = 0 if kind == "no range" else start
-        length, body = len(body) - start + 3 * (kind == "long"), body[start:]
-        body = dict(drop=body[: len(body) // 2], corrupt=body[:200] + bytes(20) + body[220:]).get(kind, body)
-        answer = io.BytesIO(body)
-        answer.status, answer.headers = 206 if start else 200, {"Content-Length": length}
-        return answer
-
-    monkeypatch.setattr(shards.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(shards.time, "sleep", self.waits.append)
-    return self
-
-
-def test_misbehaving_server(tmp_path, server, alone):
-    """Whatever a server does, the stream is the same. One that stays away ends in a sentence."""
-    ids, names = c4_like(tmp_path / "served", documents=300), [C4.format(i) for i in range(3)]
-    kinds = [["drop", "drop", 503, None], [503, None],
-             ["corrupt", "long", None, "drop", *[503] * 10, "no range"]]  # after "long" None is a 416
-    server.trouble = {name: [*those] for name, those in zip(names, kinds)}
-    stream = opened("c4", **server.options)
-    assert targets(stream, (len(ids) - 1) // 32) == ids[1 : (len(ids) - 1) // 32 * 32 + 1]
-    starts = {name: [start for asked, start in server.log if asked == name] for name in names}
-    for name, those in zip(names, kinds):
-        assert len(starts[name]) == len(those) and not server.trouble[name]
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "served" / name).read_bytes()
-    first = starts[names[0]]
-    assert first[0] == 0 < first[1] < first[2] == first[3] and max(server.waits) >= 60
-    server.trouble = {names[0]: [503] * 4}
-    refused(lambda: opened("c4", **server.options | dict(data_dir=str(tmp_path))), "could not be downloaded")
-
-
 BAD = {  # name: content of the file; what the sentence says
     "gone.txt": (None, "does not exist"), "empty.jsonl": (b"", "empty.jsonl is empty"),
     "README.md": (b"x", "no training text .*; found: README.md"),
@@ -1190,6 +1228,16 @@ FEW = ("--size toy --data python --galore --rank 16 --seq_len 32 --total_batch_s
 def tokens(tmp_path_factory):
     """The standard library, tokenised once for all runs."""
     return str(tmp_path_factory.mktemp("tokens"))
+
+
+class Evil:
+    """A pickle that creates a file when it is opened as Python's own are."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
 
 
 @pytest.fixture
@@ -1440,53 +1488,6 @@ def test_learning_rates_and_decay(monkeypatch, tmp_path, few):
         assert found == {(0.02, 16, 0.1), (0.001, None, 0.1), (0.001, None, 0.0)}
         assert sum(group["weight_decay"] == 0 for group in groups) == 4 * 2 + 1  # norms
     assert [line["lr"] for line in log_of(tmp_path / "run") if "loss" in line] == [0.0005, *[0.001] * 3]
-
-
-PLAN = "--size toy --galore --rank 64 --vocab_size 4096 --tokenizer bytes --dtype bfloat16 --state_bits 8"
-
-
-@pytest.mark.parametrize("options", [
-    "--batch_size 4 --total_batch_size 4 --no-activation_checkpointing",
-    "--batch_size 4 --total_batch_size 8 --activation_checkpointing --grad_clipping 1 --direction muon"])
-def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
-    """MemTracker on real tensors of the whole model sees the peak that the plan has from few blocks."""
-    args, config, _ = train.settle(f"{PLAN} {options} --device cpu".split())
-    train.fit(args, config, train.plan)
-
-    class Tracker(MemTracker):
-        _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = lambda self, *args: None
-
-    model, x = Llama(config, dtype=torch.bfloat16), torch.zeros(4, args.seq_len, dtype=torch.long)
-    model_bytes = sum(p.nbytes for p in model.parameters())
-    opt, tracker = train.prepare(model, args), Tracker()
-    opt.register_step_post_hook(lambda *_: None)
-    for group in opt.param_groups:
-        group["t"] = 1000 * group["update_proj_gap"] + group["offset"] - (group["offset"] in (0, 38))
-    opt.arm()
-    states = [x for p in opt.group for x in opt.init(p).values() if torch.is_tensor(x)]
-    tracker.track_external(model, *states)
-    with tracker:
-        train.training_step(model, opt, iter([(x, x)] * 2), train.accumulation(args))
-    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 1e9
-    plan = train.plan(args, config, 4, args.activation_checkpointing)
-    assert sum(plan.values()) == pytest.approx(real, rel=0.01)
-    assert plan["weights"] == pytest.approx(model_bytes / 1e9)
-    assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
-
-
-def test_the_plan_is_printed(monkeypatch, tmp_path):
-    """Kinds and, last, their sum. What does not fit, or cannot be simulated, is refused with the ways out."""
-    words = f"{PLAN} --no-activation_checkpointing --total_batch_size 1".split()
-    *kinds, chosen, peak = run(tmp_path, *words, "--plan").strip().splitlines()
-    assert [line.split()[0] for line in kinds] == [*memory.KINDS] and not list(tmp_path.iterdir())
-    assert "--batch_size 1, --no-activation_checkpointing; 24.14 GB are free" in chosen
-    assert float(peak.split()[1]) == pytest.approx(sum(float(line.split()[1]) for line in kinds), abs=0.01)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**7))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for plan, sentence in ((lambda *_: dict(weights=1.0), "cuda has 0.0: take a lower --rank"),
-                           (None, "no step can be simulated here")):  # fmt: skip
-        monkeypatch.setattr(train, "plan", plan)
-        assert sentence in run(tmp_path, *words, "--device", "cuda", expect=2)
 
 
 def test_init_continues_from_a_hugging_face_folder(tmp_path, tokens):

@@ -1,90 +1,24 @@
-"""What a run needs and a reader does not, held against transformers and tokenizers: plumbing/."""
+"""Hugging Face folders in and out, held against transformers and tokenizers."""
 
 import json
 import pickle
 import signal
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import data
-import train
-from model import Config, Llama
-from plumbing import files, memory, sample, shards
-from plumbing import hf as hf_folders
-from test_galore import FEW, TINY, change_config, log_of, oracle, run, some_tokens, texts, tiny
-from test_galore import alone, tokens  # noqa: F401
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# ----- the disk, and the plan -------------------------------------------------------------------------------
-
-
-def room(patch, there):
-    """Checkpoints of the steps for which there(step) is false do not fit. Returns the steps tried so far."""
-    tried, save = [], torch.save
-
-    def instead(what, file):
-        tried.append(what["step"])
-        if not there(what["step"]):
-            file.write(b"x" * 1000)
-            raise OSError(28, "No space left on device")
-        save(what, file)
-
-    patch.setattr(torch, "save", instead)
-    return tried
-
-
-def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
-    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
-    training goes on. When there is room again all is written. If there is none at the end the code is 1."""
-    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1", "--eval_every", "99"]
-    run(tmp_path, *options, "--out_dir", "calm")
-    write, full = files.Log.write, OSError(28, "No space left")
-
-    def full_for_the_log(self, line=None):
-        if self.lines < 5 or self.lines > 6:
-            return write(self, line)
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "open", lambda *_, **__: (_ for _ in ()).throw(full), raising=False)
-            return write(self, line)
-
-    with monkeypatch.context() as patch:
-        tried = room(patch, lambda step: step not in (2, 3))
-        patch.setattr(files.Log, "write", full_for_the_log)
-        output = run(tmp_path, *options, "--out_dir", "run")
-    assert tried == [0, 1, 2, 3, 4, 6, 7, 8]  # not 5, whose line the log did not take
-    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 2
-    assert output.count("log.jsonl could not be written") == 1
-    left = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert left == ["checkpoint-00000008.pt", "log.jsonl"]
-    calm, ours = (files.read_checkpoint(tmp_path / name)["model"] for name in ("calm", "run"))
-    assert all(torch.equal(calm[name], ours[name]) for name in calm)
-    calm, ours = ([line.get("loss") for line in log_of(tmp_path / name)] for name in ("calm", "run"))
-    assert calm == ours and len(calm) > 8
-    with monkeypatch.context() as patch:
-        room(patch, lambda step: step < 8)
-        output = run(tmp_path, *options, "--out_dir", "last", expect=1)
-    assert output.endswith("train.py: the checkpoint of step 8 could not be written\n")
-    assert files.checkpoints(tmp_path / "last")[-1].name == "checkpoint-00000007.pt"
-
-
-@pytest.mark.parametrize("free, sizes, ways, expected", [
-    (5.1, [1, 2, 4, 8, 16, 32], [False, True], (16, False)),
-    (1.2, [1, 2, 4, 8, 16, 32], [False, True], (2, True)),
-    (0.5, [1, 2, 4, 8, 16, 32], [False, True], (1, True)),
-    (9.9, [1, 2, 4, 8, 16, 32], [True], (32, True)),
-    (0.5, [8], [False], (8, False)), (1.6, [1, 2], [False, True], (2, False)),
-])  # fmt: skip
-def test_the_largest_that_fits_is_chosen(free, sizes, ways, expected):
-    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the
-    smallest."""
-    peaks = lambda size, way: dict(weights=1.0, activations=size * (0.0625 if way else 0.25))  # noqa: E731
-    size, way, table = memory.choose(peaks, sizes, ways, free, 4)
-    assert (size, way) == expected and table == pytest.approx(peaks(*expected))
-
-
-# ----- Hugging Face folders in and out ----------------------------------------------------------------------
+import data  # noqa: E402
+import train  # noqa: E402
+from model import Config, Llama  # noqa: E402
+from plumbing import hf as hf_folders  # noqa: E402
+from plumbing import sample, shards  # noqa: E402
+from test_galore import TINY, Evil, oracle, refused, run, some_tokens, texts, tiny  # noqa: E402
 
 CORPUS = ["hello world, it's a test ", "def f(x):\n    return x\n\n\n", "été naïve 中文 12345 "] * 9
 LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -243,3 +177,61 @@ def test_interrupted_text_ends_well(monkeypatch, tmp_path):
     monkeypatch.setattr(Llama, "stream", three)
     shown = run(tmp_path, *"hf --tokenizer bytes --prompt x".split(), program=sample)
     assert shown.startswith("xé\N{REPLACEMENT CHARACTER}\n3 tokens, ")
+
+
+def change_config(folder, **change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+
+@pytest.mark.parametrize("field, value, sentence", [
+    ("attention_bias", True, "attention_bias is True"), ("model_type", "qwen3", "model_type is 'qwen3'"),
+    ("rope_scaling", dict(type="yarn", factor=2.0), "rope_type is 'yarn'"),
+    ("rope_parameters", dict(rope_type="yarn", rope_theta=1e4), "rope_type is 'yarn'"),
+    ("model_type", "mistral", "sliding_window is 4096"), ("hidden_size", None, "config.json.*hidden_size"),
+    ("hidden_size", 36, "head_dim 9, by default"), ("num_key_value_heads", 3, "not a multiple"),
+])  # fmt: skip
+def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_path):
+    """A config.json whose model is not this one gives a sentence that names the field and its value."""
+    tiny().save_pretrained(tmp_path)
+    change_config(tmp_path, **{"head_dim": None, field: value})
+    refused(lambda: Llama.from_pretrained(tmp_path), sentence)
+
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_sharded_and_damaged_checkpoints(suffix, tmp_path, monkeypatch):
+    """Several files read as one. What is missing, odd, damaged or elsewhere is refused; no code runs."""
+    write = torch.save
+    if suffix == ".bin":
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # import fails from here on
+    else:
+        write = oracle("safetensors.torch", "safetensors").save_file
+    model = tiny(num_key_value_heads=2, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    (path,), name = tmp_path.glob("*" + suffix), "model.layers.1.mlp.up_proj.weight"
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    for changed, sentence in [
+        ({key: weights[key] for key in weights if key != name}, f"{name} is missing"),
+        (weights | {"extra": torch.ones(1)}, "extra"), (weights | {name: torch.ones(3, 4)}, r"\(3, 4\)"),
+        (weights | {"lm_head.weight": torch.ones(97, 32)}, "lm_head.weight is .* should be absent"),
+    ]:  # fmt: skip
+        write(changed, path)
+        refused(lambda: Llama.from_pretrained(tmp_path), sentence)
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(lambda: Llama.from_pretrained(tmp_path), "cannot be read")
+    torch.save(Evil(tmp_path / "trace"), path)
+    refused(lambda: Llama.from_pretrained(tmp_path), "cannot be read")
+    assert not (tmp_path / "trace").exists()
+    path.unlink()
+    places = {key: f"part-{i % 2}{suffix}" for i, key in enumerate(weights)}
+    for place in set(places.values()):
+        write({key: weights[key] for key in weights if places[key] == place}, tmp_path / place)
+    index = tmp_path / f"{path.name}.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    read = Llama.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.state_dict().values(), read.state_dict().values()))
+    for place in ("../outside", str(tmp_path / "part-0")):
+        index.write_text(json.dumps({"weight_map": places | {name: place}}))
+        refused(lambda: Llama.from_pretrained(tmp_path), "may name only files beside it")

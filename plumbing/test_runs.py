@@ -1,0 +1,175 @@
+"""What a run needs and a reader does not: a full disk, a bad server, the memory plan."""
+
+import io
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train  # noqa: E402
+from model import Llama  # noqa: E402
+from plumbing import files, memory, shards  # noqa: E402
+from test_galore import C4, FEW, c4_like, log_of, opened, refused, run, targets  # noqa: E402
+from test_galore import alone, tokens  # noqa: E402, F401
+
+def room(patch, there):
+    """Checkpoints of the steps for which there(step) is false do not fit. Returns the steps tried so far."""
+    tried, save = [], torch.save
+
+    def instead(what, file):
+        tried.append(what["step"])
+        if not there(what["step"]):
+            file.write(b"x" * 1000)
+            raise OSError(28, "No space left on device")
+        save(what, file)
+
+    patch.setattr(torch, "save", instead)
+    return tried
+
+
+def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
+    """No room for checkpoints and log in the middle of a run: each is told, the checkpoint of before stays,
+    training goes on. When there is room again all is written. If there is none at the end the code is 1."""
+    options = [*FEW, "--data_dir", tokens, "--steps", "8", "--save_every", "1", "--eval_every", "99"]
+    run(tmp_path, *options, "--out_dir", "calm")
+    write, full = files.Log.write, OSError(28, "No space left")
+
+    def full_for_the_log(self, line=None):
+        if self.lines < 5 or self.lines > 6:
+            return write(self, line)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open", lambda *_, **__: (_ for _ in ()).throw(full), raising=False)
+            return write(self, line)
+
+    with monkeypatch.context() as patch:
+        tried = room(patch, lambda step: step not in (2, 3))
+        patch.setattr(files.Log, "write", full_for_the_log)
+        output = run(tmp_path, *options, "--out_dir", "run")
+    assert tried == [0, 1, 2, 3, 4, 6, 7, 8]  # not 5, whose line the log did not take
+    assert output.count("the checkpoint could not be written ([Errno 28] No space left on device)") == 2
+    assert output.count("log.jsonl could not be written") == 1
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-00000008.pt", "log.jsonl"]
+    calm, ours = (files.read_checkpoint(tmp_path / name)["model"] for name in ("calm", "run"))
+    assert all(torch.equal(calm[name], ours[name]) for name in calm)
+    calm, ours = ([line.get("loss") for line in log_of(tmp_path / name)] for name in ("calm", "run"))
+    assert calm == ours and len(calm) > 8
+    with monkeypatch.context() as patch:
+        room(patch, lambda step: step < 8)
+        output = run(tmp_path, *options, "--out_dir", "last", expect=1)
+    assert output.endswith("train.py: the checkpoint of step 8 could not be written\n")
+    assert files.checkpoints(tmp_path / "last")[-1].name == "checkpoint-00000007.pt"
+
+
+@pytest.mark.parametrize("free, sizes, ways, expected", [
+    (5.1, [1, 2, 4, 8, 16, 32], [False, True], (16, False)),
+    (1.2, [1, 2, 4, 8, 16, 32], [False, True], (2, True)),
+    (0.5, [1, 2, 4, 8, 16, 32], [False, True], (1, True)),
+    (9.9, [1, 2, 4, 8, 16, 32], [True], (32, True)),
+    (0.5, [8], [False], (8, False)), (1.6, [1, 2], [False, True], (2, False)),
+])  # fmt: skip
+def test_the_largest_that_fits_is_chosen(free, sizes, ways, expected):
+    """Without checkpointing if anything fits so, and then the largest size; with it otherwise; else the
+    smallest."""
+    peaks = lambda size, way: dict(weights=1.0, activations=size * (0.0625 if way else 0.25))  # noqa: E731
+    size, way, table = memory.choose(peaks, sizes, ways, free, 4)
+    assert (size, way) == expected and table == pytest.approx(peaks(*expected))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """C4's files, at "served". trouble: of the next requests for a name. log: names and first bytes asked."""
+    self = SimpleNamespace(trouble={}, log=[], waits=[])
+    self.options = dict(data_dir=str(tmp_path / "here"), data_url="http://server/{}")
+
+    def urlopen(request, timeout):
+        name, start = request.selector[1:], int(request.get_header("Range", "bytes=0-")[6:-1])
+        kind, body = (self.trouble.get(name) or [None]).pop(0), (tmp_path / "served" / name).read_bytes()
+        self.log.append((name, start))
+        if kind == 503 or start >= len(body):
+            raise urllib.error.HTTPError(name, kind or 416, "no", {"Retry-After": "0"}, io.BytesIO())
+        start = 0 if kind == "no range" else start
+        length, body = len(body) - start + 3 * (kind == "long"), body[start:]
+        body = dict(drop=body[: len(body) // 2], corrupt=body[:200] + bytes(20) + body[220:]).get(kind, body)
+        answer = io.BytesIO(body)
+        answer.status, answer.headers = 206 if start else 200, {"Content-Length": length}
+        return answer
+
+    monkeypatch.setattr(shards.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(shards.time, "sleep", self.waits.append)
+    return self
+
+
+
+def test_misbehaving_server(tmp_path, server, alone):  # noqa: F811
+    """Whatever a server does, the stream is the same. One that stays away ends in a sentence."""
+    ids, names = c4_like(tmp_path / "served", documents=300), [C4.format(i) for i in range(3)]
+    kinds = [["drop", "drop", 503, None], [503, None],
+             ["corrupt", "long", None, "drop", *[503] * 10, "no range"]]  # after "long" None is a 416
+    server.trouble = {name: [*those] for name, those in zip(names, kinds)}
+    stream = opened("c4", **server.options)
+    assert targets(stream, (len(ids) - 1) // 32) == ids[1 : (len(ids) - 1) // 32 * 32 + 1]
+    starts = {name: [start for asked, start in server.log if asked == name] for name in names}
+    for name, those in zip(names, kinds):
+        assert len(starts[name]) == len(those) and not server.trouble[name]
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "served" / name).read_bytes()
+    first = starts[names[0]]
+    assert first[0] == 0 < first[1] < first[2] == first[3] and max(server.waits) >= 60
+    server.trouble = {names[0]: [503] * 4}
+    refused(lambda: opened("c4", **server.options | dict(data_dir=str(tmp_path))), "could not be downloaded")
+
+
+
+PLAN = "--size toy --galore --rank 64 --vocab_size 4096 --tokenizer bytes --dtype bfloat16 --state_bits 8"
+
+
+
+@pytest.mark.parametrize("options", [
+    "--batch_size 4 --total_batch_size 4 --no-activation_checkpointing",
+    "--batch_size 4 --total_batch_size 8 --activation_checkpointing --grad_clipping 1 --direction muon"])
+def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
+    """MemTracker on real tensors of the whole model sees the peak that the plan has from few blocks."""
+    args, config, _ = train.settle(f"{PLAN} {options} --device cpu".split())
+    train.fit(args, config, train.plan)
+
+    class Tracker(MemTracker):
+        _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = lambda self, *args: None
+
+    model, x = Llama(config, dtype=torch.bfloat16), torch.zeros(4, args.seq_len, dtype=torch.long)
+    model_bytes = sum(p.nbytes for p in model.parameters())
+    opt, tracker = train.prepare(model, args), Tracker()
+    opt.register_step_post_hook(lambda *_: None)
+    for group in opt.param_groups:
+        group["t"] = 1000 * group["update_proj_gap"] + group["offset"] - (group["offset"] in (0, 38))
+    opt.arm()
+    states = [x for p in opt.group for x in opt.init(p).values() if torch.is_tensor(x)]
+    tracker.track_external(model, *states)
+    with tracker:
+        train.training_step(model, opt, iter([(x, x)] * 2), train.accumulation(args))
+    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 1e9
+    plan = train.plan(args, config, 4, args.activation_checkpointing)
+    assert sum(plan.values()) == pytest.approx(real, rel=0.01)
+    assert plan["weights"] == pytest.approx(model_bytes / 1e9)
+    assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
+
+
+
+def test_the_plan_is_printed(monkeypatch, tmp_path):
+    """Kinds and, last, their sum. What does not fit, or cannot be simulated, is refused with the ways out."""
+    words = f"{PLAN} --no-activation_checkpointing --total_batch_size 1".split()
+    *kinds, chosen, peak = run(tmp_path, *words, "--plan").strip().splitlines()
+    assert [line.split()[0] for line in kinds] == [*memory.KINDS] and not list(tmp_path.iterdir())
+    assert "--batch_size 1, --no-activation_checkpointing; 24.14 GB are free" in chosen
+    assert float(peak.split()[1]) == pytest.approx(sum(float(line.split()[1]) for line in kinds), abs=0.01)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**7))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for plan, sentence in ((lambda *_: dict(weights=1.0), "cuda has 0.0: take a lower --rank"),
+                           (None, "no step can be simulated here")):  # fmt: skip
+        monkeypatch.setattr(train, "plan", plan)
+        assert sentence in run(tmp_path, *words, "--device", "cuda", expect=2)
