@@ -12,6 +12,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import adam8bit  # noqa: E402
+import galore  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
 from plumbing import files, memory, shards  # noqa: E402
@@ -158,6 +160,20 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
     assert plan["weights"] == pytest.approx(model_bytes / 1e9)
     assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
 
+
+
+def test_three_slices_tell_what_all_take(monkeypatch):
+    """A step whose optimiser works in many slices has the same peaks, part by part, if all are simulated."""
+    for module in (adam8bit, galore):
+        monkeypatch.setattr(module, "SLICE", 1 << 14)
+    args, config, _ = train.settle(f"{PLAN} --no-layerwise --device cpu --total_batch_size 1".split())
+
+    def parts(build, step, blocks, gap, tokens):
+        return memory.simulate(build, step, 2, 2, tokens)
+
+    few = train.plan(args, config, 1, False, run=parts)
+    monkeypatch.setattr(memory, "few_slices", torch.split)
+    assert few == train.plan(args, config, 1, False, run=parts)
 
 
 def test_the_plan_is_printed(monkeypatch, tmp_path):
