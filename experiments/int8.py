@@ -12,6 +12,7 @@ The second is the hard case: at a tenth of the rate an update is a small part of
 | bf16    | rounded to bf16 stochastically, as train.py does without --weight_bits |
 | rows    | int8, a scale per row that grows when the row does: --weight_bits 8 |
 | tracked | int8, the scale is the row's largest weight / 127 in each step, so all of a row is rounded anew |
+| groups  | rows, but a scale for each 32 values of a row |
 | golden  | rows; each element's random bits advance by the golden ratio: more even in time than at random |
 | nearest | rows, rounded to nearest |
 
@@ -51,6 +52,16 @@ def tracked(W, N, lr, stay, seed, scale):
     W.copy_((new / grow + (bits + 0.5) / 65536).floor().clamp(-127, 127))
 
 
+def groups(W, N, lr, stay, seed, scale):
+    """W is fp32, its values are codes times scales."""
+    new = (W * stay - N * lr).unflatten(1, (-1, 32))
+    least = new.abs().amax(2, keepdim=True) / 127
+    grid = grids.setdefault(W.data_ptr(), least.clone())
+    grid.copy_(torch.maximum(grid, least))
+    bits = random_bits(new, seed)
+    W.copy_(((new / grid + (bits + 0.5) / 65536).floor().clamp(-127, 127) * grid).flatten(1))
+
+
 def golden(W, *rest):
     turn = turns[W.data_ptr()] = turns.get(W.data_ptr(), 0) + 1
 
@@ -66,22 +77,23 @@ def nearest(*given):
         move_(*given)
 
 
-MOVES = {"fp32": move_, "bf16": in_bf16, "rows": move_, "tracked": tracked, "golden": golden,
-         "nearest": nearest}  # fmt: skip
-turns = {}
+MOVES = {"fp32": move_, "bf16": in_bf16, "rows": move_, "tracked": tracked, "groups": groups,
+         "golden": golden, "nearest": nearest}  # fmt: skip
+grids, turns = {}, {}  # by weight
 
 
 def build(model, run: dict) -> GaLoreAdamW:
     how = run["weights"]
     groups = param_groups(model, run["rank"], run["T"], run["alpha"])
     opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], direction=run["direction"])
-    thin(model, opt, weight_bits=None if how in ("fp32", "bf16") else 8)
+    thin(model, opt, weight_bits=None if how in ("fp32", "bf16", "groups") else 8)
 
     def move(W, *rest):
         """Embedding, head and norms are no matter here."""
         inside = W.untyped_storage().data_ptr() in own
         (MOVES[how] if inside else move_)(W, *rest)
 
+    grids.clear()
     turns.clear()
     own = {layer.weight.untyped_storage().data_ptr() for layer in opt.modules}
     for layer in opt.modules if how == "bf16" else ():
