@@ -29,7 +29,7 @@ the paper's 2048 make up for the first two, as in bitsandbytes and torchao today
 """
 
 import math
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -263,13 +263,17 @@ def move_(W, N, lr, stay, seed, scale=None) -> None:
     W.copy_(new)
 
 
-# compiled(function): it, compiled for any shape. Nothing is compiled before its first call.
-compiled = cache(partial(torch.compile, fullgraph=True, dynamic=True))
+@cache
+def compiled(function):
+    """It, compiled at its first call with each shape. For any shape at once, views would become copies."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def norm(x: Tensor) -> Tensor:
     """|x| in fp32, to 1e-7, without an fp32 copy of x."""
-    while x.numel() > BLOCK and not x.is_cuda:  # a CPU adds one by one, and so loses 1.4% of 131 M values
+    # a CPU adds one by one, and so loses 1.4% of 131 M values
+    while x.numel() > BLOCK and not (x.is_cuda or torch.compiler.is_compiling()):
         parts = map(blocks, split(x, SLICE))
         x = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])
     return torch.linalg.vector_norm(x, dtype=torch.float32)

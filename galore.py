@@ -24,7 +24,6 @@ Left out on purpose: other sides than the short one, and the two-sided P'GQ, whi
 
 import re
 import warnings
-from itertools import repeat
 
 import torch
 import torch.distributed as dist
@@ -115,6 +114,31 @@ def muon(R, M, betas, dtype, **_):
 
 
 DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its moments
+
+
+# ----- the update -------------------------------------------------------------------------------------------
+
+
+def update_(weights, scales, R, parts, state, names, direction, lr, alpha, decay, seed, ok, **how) -> tuple:
+    """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
+    stay. If it is None, it becomes: is |R| finite? Not R alone, because V needs squares that are finite.
+
+    What is moved comes in slices (`move`), so that nothing of a weight's size is made. Compiled, it comes in
+    one piece: a kernel for the direction, a product, and one that moves. Returns |R|, if it was made, and ok.
+    """
+    total = None
+    if ok is None:
+        total = norm(R)
+        ok = total.isfinite()
+    stay = 1 - ok * (lr * decay)
+    steps = (advance_(moments, names, direction, part, ok=ok, **how) for moments, part in parts)
+    if "P" in state:
+        P, N = load(state, "P", how["dtype"]), torch.cat([*steps]).view(R.shape)
+        A, B = (P, N) if len(P) < weights[0].shape[1] else (N.T, P.T)  # P N, or its transpose
+        steps, lr = (a @ B for a in cut(A, len(weights[0]))), lr * alpha
+    for i, (W, step, scale) in enumerate(zip(weights, steps, scales)):
+        move_(W, step, lr, stay, None if seed is None else seed + i * 40503, scale)
+    return total, ok
 
 
 # ----- the optimiser ----------------------------------------------------------------------------------------
@@ -221,49 +245,30 @@ class GaLoreAdamW(Stored):
         R = average(load(state, "P").to(G.dtype).T @ G)
         return R, average(G @ load(state, "M").to(G.dtype).T) if p in self.turning else None
 
-    def noise(self, p: Tensor, piece: int) -> Tensor | None:
-        """Seed of the rounding: depends on the optimiser's seed, parameter, step and piece alone."""
-        mixed = hash((self.seed, self.index[p], self.group[p]["t"] + 1, piece)) % 2**31
+    def noise(self, p: Tensor) -> Tensor | None:
+        """Seed of the rounding: depends on the optimiser's seed, parameter and step alone."""
+        mixed = hash((self.seed, self.index[p], self.group[p]["t"] + 1)) % 2**31
         return None if self.exact else torch.tensor(mixed, dtype=torch.int32)
 
     def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink: Tensor = ONE):
-        """Moments, weight, and the basis if Y is given. Nothing changes if R is not finite, or `ok` is False.
-
-        In slices, so that nothing of a weight's size is made. Compiled, the moments are one kernel.
-        """
-        if ok is None:
-            self.norms[p] = norm(R)
-            ok = self.norms[p].isfinite()  # not R's alone: V needs squares that are finite
-        state, group, projected = self.state[p], self.group[p], "P" in self.state[p]
-        direction, names = DIRECTIONS[self.direction if projected else "adam"]
-        run = compiled if self.compile else lambda function: function
-        size = R.numel() if self.compile and projected else SLICE  # values at a time
-        state["t"] += 1  # on the host, which does not know `ok`
-        bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
-        dtype = self.leaf(p).dtype if projected else torch.float32
-        more = dict(shrink=shrink, ok=ok, betas=group["betas"], eps=group["eps"], bias=bias, dtype=dtype)
-        lr = torch.tensor(group["lr"])
-        stay = 1 - ok * (lr * group["weight_decay"])
-
+        """Moves the weight and its moments (update_), and turns the basis if Y is given."""
+        state, group = self.state[p], self.group[p]
+        direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
+        update, size = (compiled(update_), 2**62) if self.compile else (update_, SLICE)
+        weights = cut(p, max(1, size // p.shape[1])) if "P" in state else split(p.view(-1), size)
+        scale = self.scales.get(p)
+        scales = [None] * len(weights) if scale is None else cut(scale, len(weights[0]))
         parts = [(state, R)]
         if direction is adam:  # which works element by element
-            parts = zip(pieces(state, names, size), split(R, size))
-        steps = (run(advance_)(moments, names, direction, part, **more) for moments, part in parts)
-        scales = repeat(None)
-        if projected:
-            P, N = run(load)(state, "P", dtype), torch.empty_like(R, dtype=dtype)
-            for part, step in zip(split(N, size), steps):
-                part.copy_(step.view_as(part))
-            A, B = (P, N) if rows(p) is p else (N.T, P.T)  # P N, or its transpose
-            some = min(-(-len(p) // 2), -(-size // p.shape[1]))  # rows at a time: half of p at most
-            lr, weights = lr * group["scale"], cut(p, some)
-            steps = (a @ B for a in cut(A, some))
-            if self.scales.get(p) is not None:  # W is in codes
-                scales = cut(self.scales[p], some)
-        else:
-            weights = split(p.view(-1), size)
-        for i, (w, step, scale) in enumerate(zip(weights, steps, scales)):
-            run(move_)(w, step, lr, stay, self.noise(p, i), scale)
+            parts = list(zip(pieces(state, names, size), split(R, size)))
+        state["t"] += 1  # on the host, which does not know `ok`
+        bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
+        dtype = self.leaf(p).dtype if "P" in state else torch.float32
+        total, ok = update(weights, scales, R, parts, state, names, direction, torch.tensor(group["lr"]),
+                           group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
+                           betas=group["betas"], eps=group["eps"], bias=bias, dtype=dtype)  # fmt: skip
+        if total is not None:
+            self.norms[p] = total
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 

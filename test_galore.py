@@ -2,7 +2,7 @@
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
     pip install -r requirements.txt pytest && pytest -q                      # five minutes on two cores
-    pip install galore-torch transformers safetensors bitsandbytes          # the oracles: without them tests skip
+    pip install galore-torch transformers safetensors bitsandbytes    # the oracles; without them tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds a test on real text.
 """

@@ -120,7 +120,7 @@ class ThinUpdate:
         if p not in self.proxies:
             return super().project(p)
         both, n = average(self.proxies[p].grad), max(p.shape)
-        return both[:, :n], both[:, n:].T if p in self.turning else None
+        return both[:, :n].contiguous(), both[:, n:].T if p in self.turning else None
 
     def hook(self, p: Tensor | None = None):
         """Calls `arrived`. Holds the optimiser weakly: else neither would ever be freed."""
@@ -204,7 +204,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     for module in opt.modules:
         module.__class__, module.checkpointed = ThinModule, checkpointed
         module.register_buffer("weight_scale", opt.scales.get(module.weight))
-    model.to(device)
+    if device is not None:
+        model.to(device)
     opt.arm()
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(opt.hook())

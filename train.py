@@ -228,7 +228,8 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
-        thin(model, opt, accumulation(args), args.activation_checkpointing, args.weight_bits, args.device)
+        thin(model, opt, accumulation(args), args.activation_checkpointing, args.weight_bits,
+             args.device if args.weight_bits else None)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)

@@ -44,7 +44,7 @@ BASELINE, IN_8_BITS, P_WIDE = "baseline", "8-bit moments and P", "8-bit moments,
 
 
 def round_to_nearest() -> None:
-    galore.move_ = lambda w, N, lr, stay, seed: w.copy_(w.float() * stay - N.float() * lr)  # rounded once
+    galore.move_ = lambda w, N, lr, stay, *_: w.copy_(w.float() * stay - N.float() * lr)  # rounded once
 
 
 def wide_basis() -> None:
