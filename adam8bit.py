@@ -179,9 +179,16 @@ def check(fine: bool, otherwise: str) -> None:
 class Stored(torch.optim.Optimizer):
     """An optimiser that saves and loads state as it is: torch's would cast moments to the weights' dtype.
 
-    A subclass says in empty(p, device) what names, dtypes and shapes the state of a parameter has. Its arm()
-    is called whenever groups or state are new, and keeps the parameters, in order, in `group`.
+    A subclass says in empty(p, device) what names, dtypes and shapes the state of a parameter has, and in
+    far(p) whether it lives in host memory. Its arm() is called whenever groups or state are new, and keeps
+    the parameters, in order, in `group`.
     """
+
+    def place(self, p: Tensor, state: dict) -> dict:
+        """A copy of it, where p's state lives."""
+        home = (lambda x: x.cpu().pin_memory()) if self.far(p) and p.is_cuda else (
+            lambda x: x.to(p.device, copy=True))  # fmt: skip
+        return {name: home(x) if torch.is_tensor(x) else x for name, x in state.items()}
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -204,8 +211,7 @@ class Stored(torch.optim.Optimizer):
         for state in before:
             state.clear()  # thin layers hold the old one, which would live on beside the new one
         for (i, _), p in zip(theirs, self.group):
-            self.state[p] = {name: x.to(p.device, copy=True) if torch.is_tensor(x) else x
-                             for name, x in saved[i].items()}
+            self.state[p] = self.place(p, saved[i])
         self.arm()
 
     def __getstate__(self):  # copy and pickle ask for it

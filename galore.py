@@ -163,6 +163,8 @@ class GaLoreAdamW(Stored):
         max_norm: clip the global norm of all R, and of the gradients that are not projected, to this.
             Clipped or not, it is `norm` after a step, and below the norm of the full gradients.
         direction: a key of DIRECTIONS, for matrices with a rank. The others take Adam's.
+        offload: keep the state of large parameters without a rank (embedding, head) in host memory. It comes
+            to the device for their update.
         compile: fuse the update with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
 
@@ -181,12 +183,13 @@ class GaLoreAdamW(Stored):
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
-                 direction: str = "adam", compile: bool = False, seed: int = 0):  # fmt: skip
+                 direction: str = "adam", offload: bool = False, compile: bool = False,
+                 seed: int = 0):  # fmt: skip
         check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
         check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0, or None.")
         check(direction in DIRECTIONS, f"direction is {direction!r}: choose one of {', '.join(DIRECTIONS)}.")
         self.state_bits, self.max_norm, self.direction = state_bits, max_norm, direction
-        self.compile, self.seed = compile, seed
+        self.offload, self.compile, self.seed = offload, compile, seed
         self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; how many steps were bad
         self.norms = {}  # of each R of the step under way, in the order in which they were averaged
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, t=0,
@@ -221,6 +224,9 @@ class GaLoreAdamW(Stored):
             (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
         return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
 
+    def far(self, p: Tensor) -> bool:
+        return self.offload and not self.group[p]["rank"] and p.numel() >= SLICE
+
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
         if not self.state[p]:
@@ -230,6 +236,8 @@ class GaLoreAdamW(Stored):
                 random = torch.Generator(p.device).manual_seed(seed)
                 start = torch.randn(state["P"].shape, generator=random, device=p.device)
                 store(state, "P", orthonormal(start), YES)
+            if self.far(p):
+                self.state[p] = self.place(p, state)
         return self.state[p]
 
     def leaf(self, p: Tensor) -> Tensor:
@@ -253,6 +261,9 @@ class GaLoreAdamW(Stored):
     def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink: Tensor = ONE):
         """Moves the weight and its moments (update_), and turns the basis if Y is given."""
         state, group = self.state[p], self.group[p]
+        state["t"] += 1  # on the host, which does not know `ok`
+        if self.far(p):
+            state = {k: x.to(p.device, copy=True, non_blocking=True) for k, x in state.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         update, size = (compiled(update_), 2**62) if self.compile else (update_, SLICE)
         weights = cut(p, max(1, size // p.shape[1])) if "P" in state else split(p.view(-1), size)
@@ -261,14 +272,15 @@ class GaLoreAdamW(Stored):
         parts = [(state, R)]
         if direction is adam:  # which works element by element
             parts = list(zip(pieces(state, names, size), split(R, size)))
-        state["t"] += 1  # on the host, which does not know `ok`
-        bias = [torch.tensor(1 - beta ** state["t"]) for beta in group["betas"]]
+        bias = [torch.tensor(1 - beta ** self.state[p]["t"]) for beta in group["betas"]]
         dtype = self.leaf(p).dtype if "P" in state else torch.float32
         total, ok = update(weights, scales, R, parts, state, names, direction, torch.tensor(group["lr"]),
                            group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
                            betas=group["betas"], eps=group["eps"], bias=bias, dtype=dtype)  # fmt: skip
         if total is not None:
             self.norms[p] = total
+        for name in state if self.far(p) else ():
+            self.state[p][name].copy_(state[name], non_blocking=True)
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 

@@ -247,12 +247,13 @@ def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None
 
 class Llama(nn.Module):
     """LLaMA with random weights, made on `device` in `dtype`, without a second copy. On "meta", to_empty()
-    and init_weights() complete it. activation_checkpointing = True recomputes blocks in the backward pass."""
+    and init_weights() complete it. recompute: so many blocks, the first ones, keep no activations but compute
+    them again in the backward pass."""
     loss_of_chunk = staticmethod(loss_of_chunk)    # may be compiled
 
     def __init__(self, config: Config, device: torch.device | str = None, dtype: torch.dtype = None):
         super().__init__()
-        self.config, self.activation_checkpointing = config, False
+        self.config, self.recompute = config, 0
         with torch.device("meta"):
             self.model = nn.ModuleDict(dict(
                 embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -286,7 +287,7 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)                                             # (B, T, C)
         for i, block in enumerate(self.model.layers):
             run = block if cache is None else block.forward    # compiled, it would compile for every length
-            x = run(x, cos, sin, None if cache is None else cache[i], self.activation_checkpointing)
+            x = run(x, cos, sin, None if cache is None else cache[i], i < self.recompute)
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -37,6 +37,7 @@ accumulation. Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -154,7 +155,7 @@ class ThinUpdate:
         self.norms.clear()
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: bool = False,
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: Sequence[nn.Module] = (),
          weight_bits: int | None = None, device: torch.device | str | None = None) -> None:  # fmt: skip
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
@@ -163,8 +164,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     parameter that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So
     are biases and norms.
 
-    checkpointed: the layers stand in blocks whose activations are computed again in the backward pass. X is
-    saved then, not X P, which the forward pass would make in vain.
+    checkpointed: the blocks whose activations are computed again in the backward pass. Their layers save X,
+    not X P, which the forward pass would make in vain.
 
     weight_bits: 8 makes int8 of the layers' weights, None leaves them as they are. device: where the model
     goes then. Built on the CPU, it need not fit the device in 16 bits.
@@ -201,8 +202,9 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
         p.requires_grad_(False).data = codes
+    again = {module for block in checkpointed for module in block.modules()}
     for module in opt.modules:
-        module.__class__, module.checkpointed = ThinModule, checkpointed
+        module.__class__, module.checkpointed = ThinModule, module in again
         module.register_buffer("weight_scale", opt.scales.get(module.weight))
     if device is not None:
         model.to(device)

@@ -50,7 +50,7 @@ from thin import thin
 # The paper's tables 2 and 5, for 7B section 5.2; its batch is 512 x 256. A size that is not in RECIPES has a
 # quarter of its width as rank. lr: of Adam and Muon in the subspace (Muon: at toy size only), at full rank.
 PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, steps=10_000,
-             update_proj_gap=200, galore_scale=0.25, state_bits=32, eval_tokens=10_000_000,
+             update_proj_gap=200, galore_scale=0.25, state_bits=32, offload=False, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
     "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1100, rank=128,
@@ -60,7 +60,8 @@ RECIPES = {
     "350m": dict(steps=60_000, rank=256),
     "1b": dict(steps=100_000, rank=512, lr=(0.01, 0.02, 0.0005)),
     "3b": dict(steps=120_000, rank=640, lr=(0.01, 0.02, 0.0005)),
-    "7b": dict(steps=150_000, rank=1024, update_proj_gap=500, state_bits=8, lr=(0.005, 0.01, 0.0005)),
+    "7b": dict(steps=150_000, rank=1024, update_proj_gap=500, state_bits=8, offload=True,
+               lr=(0.005, 0.01, 0.0005)),
     "mobilellm-125m": dict(steps=20_000, rank=128),
     "mobilellm-350m": dict(steps=60_000, rank=256),
     "init": dict(seq_len=1024, total_batch_size=64, steps=1000, rank=128, eval_tokens=1_000_000,
@@ -106,6 +107,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
+    add("--offload", action=switch, help="keep Adam's moments of embedding and head in host memory")
     add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
     add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")
@@ -117,7 +119,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--steps", type=count, help="of the whole run")
     add("--total_batch_size", type=count, help="sequences per step, over micro-batches and processes")
     add("--batch_size", type=count, help="sequences per micro-batch (default: the most that fits)")
-    add("--activation_checkpointing", action=switch, help="recompute them (default: if nothing fits without)")
+    add("--recompute", type=within(0), help="blocks whose activations are computed again in the backward "
+        "pass, not kept (default: as few as fit)")
     add("--compile", action=switch, help="torch.compile, block by block")
     # run
     add("--eval_every", type=count, help="steps")
@@ -216,7 +219,7 @@ def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
 def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> GaLoreAdamW:
     """The optimiser, and the model made ready for it. Both go on from `checkpoint`. The lr of a group is its
     peak: args.lr, unless it brings its own. ValueError for the checkpoint of another model or optimiser."""
-    model.activation_checkpointing = args.activation_checkpointing
+    model.recompute = args.recompute
     groups = [dict(params=list(model.parameters()))]
     if args.galore:
         groups = param_groups(model, args.rank, args.update_proj_gap, args.galore_scale)
@@ -224,11 +227,12 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     groups += [dict(params=p, weight_decay=args.weight_decay * (p.ndim > 1)) for p in groups.pop()["params"]]
     opt = (Exact if args.exact else GaLoreAdamW)(
         groups, lr=args.lr, weight_decay=args.weight_decay, state_bits=args.state_bits, seed=args.seed,
-        max_norm=args.grad_clipping or None, direction=args.direction, compile=args.compile)
+        max_norm=args.grad_clipping or None, direction=args.direction, offload=args.offload,
+        compile=args.compile)
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
-        thin(model, opt, accumulation(args), args.activation_checkpointing, args.weight_bits,
+        thin(model, opt, accumulation(args), model.model.layers[: args.recompute], args.weight_bits,
              args.device if args.weight_bits else None)
     if args.compile:
         for block in model.model.layers:
@@ -249,16 +253,15 @@ def accumulation(args: argparse.Namespace) -> int:
     return args.total_batch_size // (args.batch_size * world())
 
 
-def plan(args, config: Config, batch_size: int, checkpointing: bool, run=peak) -> dict[str, float]:
-    """GB by kind at the fullest moment of a step, simulated (plumbing/memory.py)."""
-    few = vars(args) | dict(batch_size=batch_size, activation_checkpointing=checkpointing, compile=False)
-    few["device"] = "meta"
+def plan(args, config: Config, batch_size: int, run=peak):
+    """A function of how many blocks recompute, to GB by kind at the fullest moment of a step, simulated."""
+    few = vars(args) | dict(batch_size=batch_size, compile=False, device="meta")
     few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
-    few = argparse.Namespace(**few)
 
-    def build(blocks):
-        model = Llama(replace(config, num_hidden_layers=blocks), "meta", getattr(torch, args.dtype))
-        return model, prepare(model, few), accumulation(few)
+    def build(recompute, keep):
+        these = argparse.Namespace(**few | dict(recompute=recompute))
+        model = Llama(replace(config, num_hidden_layers=recompute + keep), "meta", getattr(torch, args.dtype))
+        return model, prepare(model, these), accumulation(these)
 
     tokens = batch_size, args.seq_len
     return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens)

@@ -156,7 +156,7 @@ def build(report, size: str, rank: int | None, batch: int, total: int, *flags: s
     if report.args.quick:
         shape, rank = dict(size="toy", vocab_size=512, seq_len=32, batch_size=min(batch, 2), total_batch_size=min(total, 8)), rank and 64
     words = [f"--{k}={v}" for k, v in shape.items()] + (["--galore", f"--rank={rank}"] if rank else []) + [
-        "--dtype=bfloat16", "--state_bits=8", "--no-activation_checkpointing", f"--device={report.args.device}",
+        "--dtype=bfloat16", "--state_bits=8", "--recompute=0", f"--device={report.args.device}",
         "--compile" if report.compile else "--no-compile", *flags]  # fmt: skip
     args, config, _ = train.settle(words)
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def worst_memory(report, case, what: str, limit: float | None, micro: int = 1) -
         memory(forget=True)
         stand(case, due=True)
         step(case, micro)
-    peak, plan = memory(), sum(train.plan(case.args, case.config, case.args.batch_size, case.args.activation_checkpointing).values())
+    peak, plan = memory(), sum(train.plan(case.args, case.config, case.args.batch_size)(case.args.recompute).values())
     off = None if peak["allocated GB"] is None else abs(peak["allocated GB"] / plan - 1)
     report.row(f"memory, {what}", **peak, **{"plan GB": plan, "off the plan": off})
     if limit is not None:
@@ -244,14 +244,14 @@ def worst_memory(report, case, what: str, limit: float | None, micro: int = 1) -
 
 
 def seven(report) -> None:
-    case = build(report, "7b", 1024, 16, 512, "--activation_checkpointing")
+    case = build(report, "7b", 1024, 16, 512, "--recompute=32")
     report.row("7B, built", **memory())
     report.row("7B, first step, which compiles", seconds=seconds(lambda: step(case)), **memory())
     report.bar("7B, share of the sustained bf16 peak", speed(report, case, "7B, r = 1024", 15.0)["share of the peak"], ">=", 0.5)
     worst_memory(report, case, "7B, 131,072 tokens", 24.0, micro=2)  # from the second micro-batch on it is the same
     where_time_goes(report, case)
     clean(report.live)
-    case = build(report, "7b", 1024, 4, 512, "--activation_checkpointing", "--grad_clipping=1")  # 16 sequences do not fit
+    case = build(report, "7b", 1024, 4, 512, "--recompute=32", "--grad_clipping=1")  # 16 sequences do not fit
     worst_memory(report, case, "7B, 131,072 tokens, clipping", 24.0, micro=2)
     speed(report, case, "7B, r = 1024, 4 sequences a micro-batch, clipping", 5.0)
 
@@ -468,7 +468,7 @@ def named(words: list[str]) -> str:
 
 
 def readme(report) -> None:
-    """train.py as the README starts it, on real text: micro-batch and checkpointing are what it chooses for what is free."""
+    """train.py as the README starts it, on real text: micro-batch and recomputation are what it chooses for what is free."""
     args, best = report.args, Path("/dev/shm")
     if not args.text:
         return report.row("not run: --text names no text")

@@ -167,7 +167,7 @@ def written(gm, inputs, how) -> list[tuple[str, float]]:
 
 def step(options: str, blocks: int) -> tuple[Counter, Counter]:
     """Operations and GB, by part and kind, of a step of few blocks, a late one in which no basis is refreshed."""
-    words = "--dtype bfloat16 --device cpu --compile --no-activation_checkpointing"
+    words = "--dtype bfloat16 --device cpu --compile --recompute 0"
     args, config, _ = train.settle([*options.split(), *words.split()])
     args.device = None  # fake tensors cannot be moved
     bench = Bench()

@@ -352,10 +352,12 @@ def counted(T: int) -> tuple[list, list]:
         bars.append((f"counted operations, {name}, of {reference}", a / b, "<=", limit))
         return a
 
-    step = compare("thin GaLore", 131072, ours + large + " --no-activation_checkpointing", "full-rank AdamW", adamw + large + " --no-activation_checkpointing", 0.82)
-    compare("thin GaLore, checkpointing", 131072, ours + large + " --activation_checkpointing", "full-rank AdamW, checkpointing", adamw + large + " --activation_checkpointing", 0.87)
-    compare("thin GaLore", 256, ours + small + " --no-activation_checkpointing", "plain GaLore", ours + small + " --no-layerwise --no-activation_checkpointing", 0.60)
-    extra = (operations(ours + large + " --no-activation_checkpointing", due=True) - step) / T
+    step = compare("thin GaLore", 131072, ours + large + " --recompute 0", "full-rank AdamW", adamw + large + " --recompute 0", 0.82)
+    compare("thin GaLore, checkpointing", 131072, ours + large + " --recompute 32", "full-rank AdamW, checkpointing", adamw + large + " --recompute 32", 0.87)
+    compare("thin GaLore, recomputing what 24 GB ask for", 131072, ours + " --batch_size 2 --total_batch_size 512 --recompute 13",
+            "full-rank AdamW, checkpointing", adamw + large + " --recompute 32", 0.82)  # fmt: skip
+    compare("thin GaLore", 256, ours + small + " --recompute 0", "plain GaLore", ours + small + " --no-layerwise --recompute 0", 0.60)
+    extra = (operations(ours + large + " --recompute 0", due=True) - step) / T
     rows.append({"operations of a 7B step": f"refresh of all, spread over T = {T}", "tokens": 131072, "TFLOP": extra / 1e12, "reference": "the step", "its TFLOP": step / 1e12, "ratio": f"{extra / step:.4f}"})
     bars.append((f"counted operations, refresh over T = {T}, of the step", extra / step, "<=", 0.01))
     return rows, bars

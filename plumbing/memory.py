@@ -5,8 +5,9 @@ sees each tensor come and go. So the plan follows whatever model and optimiser d
 step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
 blocks are due for a refresh as in the fullest step.
 
-The peak of each part of a step is linear in the number of equal blocks: two models of few blocks tell of all.
-It is linear in the micro-batch, too, from a whole chunk of the loss on. Smaller ones are simulated.
+The peak of each part of a step is linear in the number of equal blocks, of those that keep their activations
+and of those that compute them again: models of few blocks tell of all. It is linear in the micro-batch, too,
+from a whole chunk of the loss on, and below that no more than the same line.
 
 Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes less than this.
 """
@@ -35,12 +36,12 @@ def few_slices(x, size, dim=0, split=torch.split):
     return parts if len(parts) <= 8 else (*parts[:2], parts[-1])
 
 
-def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dict[tuple, dict[str, float]]:
+def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, int]) -> dict[tuple, dict]:
     """GB by kind at the fullest moment of each part of a step: a forward pass, a backward pass, opt.step().
 
-    build(blocks): model with so many blocks, on "meta", its optimiser, and how many micro-batches a step has;
-    step(model, opt, batches, micro_batches): takes it; due: how many blocks are refreshed, one of them the
-    last, whose backward pass comes first, with all activations there; tokens: sequences, tokens of each.
+    build(*blocks): a model on "meta" of blocks that recompute and that keep, its optimiser, and how many
+    micro-batches a step has; step(model, opt, batches, micro_batches): takes it; due: how many blocks are
+    refreshed, one of them the last, whose backward pass comes first; tokens: sequences, tokens of each.
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
@@ -62,12 +63,13 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
           mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
           mock.patch("adam8bit.cut", few_slices), mock.patch("galore.cut", few_slices),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
-        model, opt, micro_batches = build(blocks)
+        model, opt, micro_batches = build(*blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
         for i, group in enumerate(ranked):
             group["t"] = 1000 * group["update_proj_gap"] + group["offset"]
             group["t"] -= i == len(ranked) - 1 or i < due - 1
         states = [opt.init(p) for p in opt.group]
+        far = [x for p in opt.group if opt.far(p) for x in opt.state[p].values() if torch.is_tensor(x)]
         opt.arm()
         leaves = [*opt.group, *map(opt.leaf, opt.group)]
 
@@ -85,75 +87,91 @@ def simulate(build, step, blocks: int, due: int, tokens: tuple[int, int]) -> dic
         tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
         with tracker:
             step(model, opt, batches(), micro_batches)
+    for peak in tracker.parts.values():
+        peak[_MemRefType.OTH] -= sum(x.nbytes for x in far)
     return {part: {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9
                    for kind, names in KINDS.items()} for part, peak in tracker.parts.items()}
 
 
-def between(a: dict, b: dict, share: float) -> dict[str, float]:
-    """On the line through a and b, kind by kind: a at 0, b at 1."""
-    return {kind: a[kind] + (b[kind] - a[kind]) * share for kind in a}
+def total(table: dict) -> float:
+    return sum(table.values())
 
 
-def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]) -> dict[str, float]:
-    """The fullest part of a step of any number of blocks. Each is due once in `gap` steps; early on, two."""
+def line(a: dict, *steps: tuple[dict, dict, float]) -> dict[str, float]:
+    """a, and for each step (b, c, n) n times what c has more than b, kind by kind."""
+    return {kind: a[kind] + sum(n * (c[kind] - b[kind]) for b, c, n in steps if n) for kind in a}
+
+
+def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]):
+    """A function of how many blocks recompute, to GB by kind at the fullest moment of a step. Each block is
+    due once in `gap` steps; early on, two."""
     due = max(2, -(-blocks // gap))
     few = min(due, blocks)
-    parts = simulate(build, step, few, due, tokens)
-    if few < blocks:
-        more = simulate(build, step, few + 1, due, tokens)
-        parts = {part: between(parts[part], more[part], blocks - few) for part in parts}
-    return max(parts.values(), key=lambda table: sum(table.values()))
+    parts = cache(lambda *these: simulate(build, step, these, due, tokens))
+
+    def fullest(recompute: int) -> dict[str, float]:
+        keep, tables = blocks - recompute, []
+        for part in parts(few, 0) if recompute else parts(0, few):
+            again = (parts(few, 0)[part], parts(few + 1, 0)[part]) if recompute else ({}, {})
+            if recompute:  # fullest while one of these does so, and nothing that is kept is left
+                tables.append(line(again[0], (*again, blocks - few)))
+            if keep:  # fullest while all that is kept is there
+                first, second = parts(0, few)[part], parts(0, few + 1)[part]
+                tables.append(line(first, (first, second, keep - few), (*again, recompute)))
+        return max(tables, key=total)
+
+    return fullest
 
 
-def choose(peak, sizes: list[int], ways: list[bool], free: float, whole: int) -> tuple[int, bool, dict]:
-    """Micro-batch, way and GB by kind: the first way in which anything fits, and the largest size that fits
-    in it; the smallest if none does.
+def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, seq_len: int,
+           whole: int) -> tuple[int, int, dict]:  # fmt: skip
+    """Micro-batch, how many blocks recompute, and GB by kind: the fastest that fits, else the smallest.
 
-    peak(size, way): GB by kind; sizes: rising; free: GB; whole: the size from which on the peak is linear.
+    A step is taken to last as three forward passes, and one of the blocks that recompute, of micro-batches
+    with 100 tokens more, for what does not depend on their size. (7B on a 4090, by the bytes of kernels.py.)
+
+    peak(size): a function of the count to GB by kind; sizes: rising; counts: rising; free: GB; blocks: of the
+    model; whole: tokens from which on the peak is linear in the size.
     """
-    fits = lambda table: sum(table.values()) < free  # noqa: E731
-    way = next((way for way in ways[:-1] if fits(peak(sizes[0], way))), ways[-1])
-    line = [size for size in sizes if size >= whole]
-    if line:
-        first, second = line[0], line[:2][-1]
-        low, high = peak(first, way), peak(second, way)
-        for size in reversed(line):
-            table = between(low, high, (size - first) / max(1, second - first))
-            if fits(table):
-                return size, way, table
-    for size in [size for size in reversed(sizes) if size < whole] or sizes[:1]:
-        table = peak(size, way)
-        if fits(table):
-            break
-    return size, way, table
+    linear = [size for size in sizes if size * seq_len >= whole] or sizes
+    first, second = linear[0], linear[:2][-1]
+
+    def at(size, count):
+        low, high = peak(first)(count), peak(second)(count)
+        return line(low, (low, high, (size - first) / max(1, second - first)))
+
+    fits = [(size, count) for size in sizes for count in counts if total(at(size, count)) < free]
+    time = lambda how: (3 + how[1] / blocks) * (1 + 100 / (how[0] * seq_len))  # noqa: E731
+    size, count = min(fits, key=time, default=(sizes[0], counts[-1]))
+    return size, count, at(size, count)
 
 
 def fit(args, config: Config, plan) -> None:
-    """Sets args.batch_size and args.activation_checkpointing where they are None: on a GPU by simulating
-    steps, on a CPU to at most 8,192 tokens at once. Prints the plan if args.plan is set.
+    """Sets args.batch_size and args.recompute where they are None: on a GPU by simulating steps, on a CPU to
+    at most 8,192 tokens at once and none. Prints the plan if args.plan is set.
 
-    plan(args, config, batch_size, checkpointing): GB by kind of a step. Raises ValueError if the run does not
-    fit, or no step can be simulated."""
-    gpu, ways = args.device == "cuda", [args.activation_checkpointing]
+    plan(args, config, batch_size): a function of the blocks that recompute, to GB by kind of a step. Raises
+    ValueError if the run does not fit, or no step can be simulated."""
+    gpu, blocks = args.device == "cuda", config.num_hidden_layers
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
     sizes = [args.batch_size] if args.batch_size else sizes
-    if not args.plan and (not gpu or args.batch_size and ways[0] is not None):
-        args.batch_size, args.activation_checkpointing = sizes[-1], bool(ways[0])
+    counts = [*range(blocks + 1)] if args.recompute is None else [min(args.recompute, blocks)]
+    if not args.plan and (not gpu or args.batch_size and args.recompute is not None):
+        args.batch_size, args.recompute = sizes[-1], counts[0]
         return
     free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
     try:
-        size, way, table = choose(
-            cache(partial(plan, args, config)), sizes, ways if ways[0] is not None else [False, True], free,
-            CHUNK_LOGITS // config.vocab_size // args.seq_len)
+        size, count, table = choose(cache(partial(plan, args, config)), sizes, counts, free, blocks,
+                                    args.seq_len, CHUNK_LOGITS // config.vocab_size)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         # Another torch, or a model whose steps depend on values.
         raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
-                         "--activation_checkpointing or its --no- form, and do without --plan") from error
-    need, args.batch_size, args.activation_checkpointing = sum(table.values()), size, way
+                         "--recompute, and do without --plan") from error
+    need, args.batch_size, args.recompute = total(table), size, count
     if args.plan:
         print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
-        print(f"--batch_size {size}, --{'no-' * (not way)}activation_checkpointing; {free:.2f} GB are free"
+        print(f"--batch_size {size}, --recompute {count}; {free:.2f} GB are free"
               f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
     elif need >= free:
         raise ValueError(f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a lower --rank, "
