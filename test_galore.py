@@ -462,8 +462,8 @@ def test_any_orthonormal_basis_will_do(way, monkeypatch):
     ("plain", "adam", 32, torch.float32), ("plain", "adam", 8, torch.bfloat16),
     ("thin", "adam", 8, torch.bfloat16), ("thin", "muon", 8, torch.float32)])  # fmt: skip
 def test_resume_is_bit_for_bit(tmp_path, way, direction, bits, dtype, monkeypatch):
-    """Saved after 5 steps, loaded with weights_only=True into new objects, 5 more give the bits of 10. So they
-    do with state in host memory."""
+    """Saved after 5 steps, loaded with weights_only=True into new objects whose state is in host memory, 5
+    more give the bits of 10."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # so that some of these small matrices are 8-bit
     monkeypatch.setattr(galore, "SLICE", 512)  # so that some are large
     options = dict(dtype=dtype, state_bits=bits, direction=direction)

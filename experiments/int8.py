@@ -1,9 +1,9 @@
 """
 Weights in 8 bits: what does rounding them cost, and does its random walk grow with the steps?
 
-    python experiments/int8.py --steps 600 --seeds 0 1 2                     hours; the README has smaller ones
+    python experiments/int8.py --steps 600 --seeds 0 1 2        hours; the README has smaller ones
     python experiments/int8.py --steps 2000 --share 0.1 --seeds 0 1 2 --out experiments/results/int8-long.json
-    python experiments/int8.py --quick                                       6 steps of a tiny model
+    python experiments/int8.py --quick                          6 steps of a tiny model
 
 The second is the hard case: at a tenth of the rate an update is a small part of the grid's step.
 

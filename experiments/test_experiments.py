@@ -447,3 +447,13 @@ def test_a_skipped_step_is_a_gap_in_the_curve(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(lines))
     run = experiment("plot").read(tmp_path / "log.jsonl", share=0.1)
     assert [math.isnan(loss) for loss in run.loss] == [False, False, True, False, False]
+
+
+def test_kernels(main_of, capsys):
+    """A matrix is updated in at most six operations, one of them a product; all else in three kernels at most."""
+    pytest.importorskip("triton")
+    words = "--size toy --rank 64 --tokenizer bytes --vocab_size 512 --seq_len 32".split()
+    main_of("kernels", *words)
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.strip().splitlines()[2:]}
+    kernels, products = map(int, rows["update"][:2])
+    assert products == 4 * 7 and 4 * 7 * 3 < kernels <= 4 * 7 * 5 + 11 * 3
