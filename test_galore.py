@@ -64,7 +64,6 @@ def oracle(name: str, pip: str):
 
 # ----- adam8bit.py ------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_is_bitsandbytes_and_codes_are_the_nearest(signed):
     """The 256 values equal bitsandbytes' to the last bit, and each code is as near as any of them."""
@@ -132,7 +131,6 @@ def test_small_gradients_beside_large_ones_step_as_in_fp32():
 
 
 # ----- galore.py: the subspace ------------------------------------------------------------------------------
-
 
 def refreshed(P, Y, M, V, ok=YES):
     """P, M and V after a refresh out of Y."""
@@ -347,7 +345,6 @@ def test_wrong_arguments_are_refused(group, options, word):
 
 # ----- galore.py: groups, schedule, saving ------------------------------------------------------------------
 
-
 def conv1d(into, out):  # GPT-2's linear layer, whose weight is transposed
     return oracle("transformers.pytorch_utils", "transformers").Conv1D(out, into)
 
@@ -516,7 +513,6 @@ def test_a_state_that_does_not_fit_is_refused(optimiser, options, remove, word, 
 
 
 # ----- thin.py ----------------------------------------------------------------------------------------------
-
 
 def change_gap(step, model, opt):  # between backward pass and step: counts from the next step on
     for group in opt.param_groups:
@@ -739,7 +735,6 @@ def test_a_training_step_has_two_graphs():
 
 # ----- weights in 8 bits ------------------------------------------------------------------------------------
 
-
 def narrowed(steps, micro=1, dtype=torch.float32, into=None, **options):
     """`trained` the thin way, with the matrices of blocks in int8."""
     torch.manual_seed(0)
@@ -881,7 +876,6 @@ def test_a_run_in_int8(tmp_path, tokens):
 
 
 # ----- several processes ------------------------------------------------------------------------------------
-
 
 def one_of_two(rank, function, file, results):
     torch.set_num_threads(1)
