@@ -180,8 +180,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     torch's error "trying to differentiate twice".
 
     Raises:
-        ValueError: the optimiser is Exact, accumulate is below 1, weight_bits is neither None nor 8, one of the
-            two is thin already, they do not belong together, or the model is compiled as a whole.
+        ValueError: the optimiser is Exact, accumulate is below 1, weight_bits is neither None nor 8, one of
+            the two is thin already, they do not belong together, or the model is compiled as a whole.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
