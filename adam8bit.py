@@ -37,7 +37,7 @@ from torch import Tensor
 BLOCK = 256  # values that share a scale
 SLICE = 1 << 22  # values that are updated at once, so that a step takes a few times 17 MB beside the state
 LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
-cut = torch.split  # into slices; the plan, in which one is like another, makes fewer
+cut = torch.split  # a name of its own, so that plumbing/memory.py can replace it
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
 
 
@@ -186,8 +186,8 @@ class Stored(torch.optim.Optimizer):
 
     def place(self, p: Tensor, state: dict) -> dict:
         """A copy of it, where p's state lives."""
-        home = (lambda x: x.cpu().pin_memory()) if self.far(p) and p.is_cuda else (
-            lambda x: x.to(p.device, copy=True))  # fmt: skip
+        far = self.far(p) and p.is_cuda
+        home = lambda x: x.cpu().pin_memory() if far else x.to(p.device, copy=True)  # noqa: E731
         return {name: home(x) if torch.is_tensor(x) else x for name, x in state.items()}
 
     def add_param_group(self, param_group: dict) -> None:

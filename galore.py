@@ -121,7 +121,7 @@ DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its 
 
 def update_(weights, scales, R, parts, state, names, direction, lr, alpha, decay, seed, ok, **how) -> tuple:
     """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
-    stay. If it is None, it becomes: is |R| finite? Not R alone, because V needs squares that are finite.
+    stay. If it is None, ok is: |R| is finite. The norm and not R alone, as V holds squares.
 
     What is moved comes in slices (`move`), so that nothing of a weight's size is made. Compiled, it comes in
     one piece: a kernel for the direction, a product, and one that moves. Returns |R|, if it was made, and ok.
@@ -133,7 +133,9 @@ def update_(weights, scales, R, parts, state, names, direction, lr, alpha, decay
     stay = 1 - ok * (lr * decay)
     steps = (advance_(moments, names, direction, part, ok=ok, **how) for moments, part in parts)
     if "P" in state:
-        P, N = load(state, "P", how["dtype"]), torch.cat([*steps]).view(R.shape)
+        P, N = load(state, "P", how["dtype"]), R.new_empty(R.shape, dtype=how["dtype"])
+        for part, step in zip(split(N, parts[0][1].numel()), steps):
+            part.copy_(step.view_as(part))
         A, B = (P, N) if len(P) < weights[0].shape[1] else (N.T, P.T)  # P N, or its transpose
         steps, lr = (a @ B for a in cut(A, len(weights[0]))), lr * alpha
     for i, (W, step, scale) in enumerate(zip(weights, steps, scales)):
@@ -225,6 +227,7 @@ class GaLoreAdamW(Stored):
         return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
 
     def far(self, p: Tensor) -> bool:
+        """Does the state of p live in host memory?"""
         return self.offload and not self.group[p]["rank"] and p.numel() >= SLICE
 
     def init(self, p: Tensor) -> dict:
@@ -280,7 +283,7 @@ class GaLoreAdamW(Stored):
         if total is not None:
             self.norms[p] = total
         for name in state if self.far(p) else ():
-            self.state[p][name].copy_(state[name], non_blocking=True)
+            self.state[p][name].copy_(state[name])  # and waits: whoever saves it finds it there
         if Y is not None:
             rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 

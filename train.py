@@ -107,7 +107,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
-    add("--offload", action=switch, help="keep Adam's moments of embedding and head in host memory")
+    add("--offload", action=switch, help="keep the state of large matrices without a rank in host memory")
     add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
     add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")
@@ -118,9 +118,9 @@ def arguments() -> argparse.ArgumentParser:
     # length and batch
     add("--steps", type=count, help="of the whole run")
     add("--total_batch_size", type=count, help="sequences per step, over micro-batches and processes")
-    add("--batch_size", type=count, help="sequences per micro-batch (default: the most that fits)")
+    add("--batch_size", type=count, help="sequences per micro-batch (default: the fastest that fits)")
     add("--recompute", type=within(0), help="blocks whose activations are computed again in the backward "
-        "pass, not kept (default: as few as fit)")
+        "pass, not kept (default: the fastest that fits)")
     add("--compile", action=switch, help="torch.compile, block by block")
     # run
     add("--eval_every", type=count, help="steps")
@@ -150,7 +150,8 @@ def defaults(said: argparse.Namespace) -> dict:
         size=size, dtype="bfloat16" if size != "toy" and (gpu or said.plan) else "float32", data=data,
         data_url=C4_URL, keep_shards=0, galore=False, direction="adam", exact=False, layerwise=not said.exact,
         lr=(muon if said.direction == "muon" else adam) if said.galore else full, weight_decay=0.0,
-        warmup_steps=steps // 10, min_lr_ratio=0.1, grad_clipping=0.0, compile=gpu, seed=0, keep=1,
+        offload=bool(recipe["offload"] and said.galore), warmup_steps=steps // 10, min_lr_ratio=0.1,
+        grad_clipping=0.0, compile=gpu, seed=0, keep=1,
         eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000),
         sample="def " if data == "python" else "The")
 

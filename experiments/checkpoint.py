@@ -142,7 +142,7 @@ def main() -> None:
         parser.error("memory is read as Linux shows it, in /proc, which this system lacks")
     if args.dir and not args.dir.is_dir():
         parser.error(f"--dir {args.dir} is no folder")
-    table = train.plan(its, config, 1, False)
+    table = train.plan(its, config, 1)(0)
     need, free = table["weights"] + table["state"], 0.5 * available()
     if need > free:
         parser.error(f"--size {args.size} holds {need:.1f} GB, and half of the free memory is {free:.1f} GB: take a smaller one")

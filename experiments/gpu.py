@@ -156,7 +156,7 @@ def build(report, size: str, rank: int | None, batch: int, total: int, *flags: s
     if report.args.quick:
         shape, rank = dict(size="toy", vocab_size=512, seq_len=32, batch_size=min(batch, 2), total_batch_size=min(total, 8)), rank and 64
     words = [f"--{k}={v}" for k, v in shape.items()] + (["--galore", f"--rank={rank}"] if rank else []) + [
-        "--dtype=bfloat16", "--state_bits=8", "--recompute=0", f"--device={report.args.device}",
+        "--dtype=bfloat16", "--state_bits=8", "--recompute=0", "--no-offload", f"--device={report.args.device}",
         "--compile" if report.compile else "--no-compile", *flags]  # fmt: skip
     args, config, _ = train.settle(words)
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ import train  # noqa: E402
 from model import Llama  # noqa: E402
 
 HERE, GPU = Path(__file__).parent, torch.device("cuda", 0)
-STEP = "--size 7b --galore --rank 1024 --state_bits 8 --vocab_size 32000 --batch_size 1 --total_batch_size 1"
+STEP = "--size 7b --galore --rank 1024 --state_bits 8 --vocab_size 32000 --batch_size 1 --total_batch_size 1 --no-offload --recompute 0"
 CARD = dict(type="cuda", index=0, cc=89, major=8, multi_processor_count=128, regs_per_multiprocessor=65536,
             max_threads_per_multi_processor=1536, max_threads_per_block=1024, warp_size=32)  # fmt: skip
 CASES = {"bf16": STEP, "int8": STEP + " --weight_bits 8", "Muon": STEP + " --direction muon"}
@@ -167,8 +167,11 @@ def written(gm, inputs, how) -> list[tuple[str, float]]:
 
 def step(options: str, blocks: int) -> tuple[Counter, Counter]:
     """Operations and GB, by part and kind, of a step of few blocks, a late one in which no basis is refreshed."""
-    words = "--dtype bfloat16 --device cpu --compile --recompute 0"
+    words = "--dtype bfloat16 --device cpu --compile"
     args, config, _ = train.settle([*options.split(), *words.split()])
+    if args.total_batch_size != args.batch_size or args.recompute:
+        raise SystemExit("kernels.py counts one micro-batch, with no block recomputed: give --batch_size and "
+                         "--total_batch_size alike, and leave --recompute out")  # fmt: skip
     args.device = None  # fake tensors cannot be moved
     bench = Bench()
     torch._dynamo.reset()

@@ -3,7 +3,7 @@ How much memory does a training step take? The real step of train.py, against th
 
     pip install -r requirements.txt -r experiments/requirements.txt
     python experiments/memory.py                                     all cases, minutes; json and figure
-    python experiments/memory.py --size 7b --galore --rank 512       one run, with the flags of train.py
+    python experiments/memory.py --size 7b --galore --rank 512 --batch_size 4 --recompute 32     one run of train.py
 
 The step runs on tensors without memory, as train.py --plan does it (plumbing/memory.py says what is counted, and what is not).
 --plan takes two steps of a few blocks and draws a line through them. In the table the whole model takes the step, and both are shown. The figure
@@ -133,6 +133,8 @@ def main() -> None:
     args, options = parser.parse_known_args()
     if options and args.quick:
         parser.error("--quick goes with the cases of the table, not with options of train.py: leave one of the two out.")
+    if options and not {"--batch_size", "--recompute"} <= set(options):
+        parser.error("give --batch_size and --recompute: train.py --plan says which it takes where")
     if options:
         row = measure(" ".join(options))
         for name, size in row["by kind"].items():

@@ -457,3 +457,8 @@ def test_kernels(main_of, capsys):
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.strip().splitlines()[2:]}
     kernels, products = map(int, rows["update"][:2])
     assert products == 4 * 7 and 4 * 7 * 3 < kernels <= 4 * 7 * 5 + 11 * 3
+
+
+def test_checkpoint(main_of, capsys):
+    main_of("checkpoint", "--quick", "--out", "checkpoint.json")
+    assert "written to" in capsys.readouterr().out

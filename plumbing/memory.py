@@ -7,9 +7,9 @@ blocks are due for a refresh as in the fullest step.
 
 The peak of each part of a step is linear in the number of equal blocks, of those that keep their activations
 and of those that compute them again: models of few blocks tell of all. It is linear in the micro-batch, too,
-from a whole chunk of the loss on, and below that no more than the same line.
+from a whole chunk of the loss and three micro-batches on. Otherwise it is no more than the same line.
 
-Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes less than this.
+Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes about this.
 """
 from functools import cache, partial
 from unittest import mock
@@ -67,7 +67,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
         ranked = [group for group in opt.param_groups if group["rank"]]
         for i, group in enumerate(ranked):
             group["t"] = 1000 * group["update_proj_gap"] + group["offset"]
-            group["t"] -= i == len(ranked) - 1 or i < due - 1
+            group["t"] -= i == len(ranked) - 1 or i < due - 1  # due in the next step: the last, and the first
         states = [opt.init(p) for p in opt.group]
         far = [x for p in opt.group if opt.far(p) for x in opt.state[p].values() if torch.is_tensor(x)]
         opt.arm()
@@ -124,21 +124,21 @@ def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]):
 
 
 def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, seq_len: int,
-           whole: int) -> tuple[int, int, dict]:  # fmt: skip
+           linear: list[int]) -> tuple[int, int, dict]:  # fmt: skip
     """Micro-batch, how many blocks recompute, and GB by kind: the fastest that fits, else the smallest.
 
     A step is taken to last as three forward passes, and one of the blocks that recompute, of micro-batches
     with 100 tokens more, for what does not depend on their size. (7B on a 4090, by the bytes of kernels.py.)
 
     peak(size): a function of the count to GB by kind; sizes: rising; counts: rising; free: GB; blocks: of the
-    model; whole: tokens from which on the peak is linear in the size.
+    model; linear: sizes through whose peaks a line is drawn for all; if there are not two, all are simulated.
     """
-    linear = [size for size in sizes if size * seq_len >= whole] or sizes
-    first, second = linear[0], linear[:2][-1]
 
     def at(size, count):
-        low, high = peak(first)(count), peak(second)(count)
-        return line(low, (low, high, (size - first) / max(1, second - first)))
+        if len(linear) < 2:
+            return peak(size)(count)
+        low, high = (peak(size)(count) for size in linear[:2])
+        return line(low, (low, high, (size - linear[0]) / (linear[1] - linear[0])))
 
     fits = [(size, count) for size in sizes for count in counts if total(at(size, count)) < free]
     time = lambda how: (3 + how[1] / blocks) * (1 + 100 / (how[0] * seq_len))  # noqa: E731
@@ -151,7 +151,7 @@ def fit(args, config: Config, plan) -> None:
     at most 8,192 tokens at once and none. Prints the plan if args.plan is set.
 
     plan(args, config, batch_size): a function of the blocks that recompute, to GB by kind of a step. Raises
-    ValueError if the run does not fit, or no step can be simulated."""
+    ValueError if the run does not fit, or no step can be simulated; where both are given nothing is."""
     gpu, blocks = args.device == "cuda", config.num_hidden_layers
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
@@ -160,14 +160,16 @@ def fit(args, config: Config, plan) -> None:
     if not args.plan and (not gpu or args.batch_size and args.recompute is not None):
         args.batch_size, args.recompute = sizes[-1], counts[0]
         return
+    per_process, chunk = args.total_batch_size // world(), CHUNK_LOGITS // config.vocab_size
+    linear = [size for size in sizes if size * args.seq_len >= chunk and per_process // size > 2]
     free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
     try:
         size, count, table = choose(cache(partial(plan, args, config)), sizes, counts, free, blocks,
-                                    args.seq_len, CHUNK_LOGITS // config.vocab_size)
+                                    args.seq_len, linear)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         # Another torch, or a model whose steps depend on values.
-        raise ValueError(f"no step can be simulated here ({type(error).__name__}): give --batch_size and "
-                         "--recompute, and do without --plan") from error
+        raise ValueError(f"no step can be simulated here ({type(error).__name__}: {error}): give "
+                         "--batch_size and --recompute, and do without --plan") from error
     need, args.batch_size, args.recompute = total(table), size, count
     if args.plan:
         print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
