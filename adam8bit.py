@@ -32,16 +32,15 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
-SLICE = 1 << 22  # values that are updated at once, so that a step takes a few times 17 MB beside the state
-LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
-cut = torch.split  # a name of its own, so that plumbing/memory.py can replace it
 SMALLEST = 4096  # tensors with fewer values stay fp32: norms are sensitive, and they cost nothing
+LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 
 
-# ----- the map, and the fast way to the nearest value in it -------------------------------------------------
+# ----- a tensor to codes and back ---------------------------------------------------------------------------
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -54,46 +53,26 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor(sorted(values))
 
 
-def nearest_table(qmap: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables with which `quantise` finds the nearest of 256 values in two look-ups instead of eight.
-
-    The upper 16 bits of an fp32 number (its bf16 truncation) leave an interval. It is so short that at most
-    one midpoint between neighbouring map values lies in it. So the code of its lower end is right, or 1 too
-    low.
-
-    Returns:
-        lowest (65536) uint8: the code of the lower end of each interval;
-        middle (256) fp32: the midpoint between value i and value i + 1 (the last is infinite).
-    """
-    middle = torch.cat([(qmap[1:] + qmap[:-1]) / 2, torch.tensor([torch.inf])])
-    bits = torch.arange(65536, dtype=torch.int32) << 16
-    ends = torch.where(bits < 0, bits | 0xFFFF, bits).view(torch.float32)  # below 0 the far end is lower
-    return torch.bucketize(ends.nan_to_num(0, 1, -1), middle[:-1]).to(torch.uint8), middle
+MAPS = {}  # by device and sign: the values of the map, and the midpoints between neighbours
+for signed in (True, False):
+    qmap = dynamic_map(signed)
+    MAPS[torch.device("cpu"), signed] = qmap, (qmap[1:] + qmap[:-1]) / 2
 
 
-MADE = {signed: (qmap := dynamic_map(signed), *nearest_table(qmap)) for signed in (True, False)}
-TABLES = {torch.device("cpu"): MADE}
-
-
-def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if device not in TABLES:
-        TABLES[device] = {key: tuple(table.to(device) for table in MADE[key]) for key in MADE}
-    return TABLES[device][signed]
-
-
-# ----- a tensor to codes and back ---------------------------------------------------------------------------
+def get_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
+    if (device, signed) not in MAPS:
+        MAPS[device, signed] = tuple(table.to(device) for table in MAPS[torch.device("cpu"), signed])
+    return MAPS[device, signed]
 
 
 def blocks(x: Tensor) -> Tensor:
     """Any shape as (blocks, 256); the last block is filled up with zeros."""
-    if x.shape[1:] == (BLOCK,):
-        return x
-    x, fill = x.flatten(), -x.numel() % BLOCK
-    return (torch.cat([x, x.new_zeros(fill)]) if fill else x).view(-1, BLOCK)
+    fill = -x.numel() % BLOCK
+    return (F.pad(x.flatten(), (0, fill)) if fill else x).reshape(-1, BLOCK)
 
 
 def unblock(b: Tensor, shape: torch.Size) -> Tensor:
-    return b if b.shape == shape else b.view(-1)[: shape.numel()].view(shape)
+    return b.view(-1)[: shape.numel()].view(shape)
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -104,19 +83,19 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     Returns:
         codes, uint8, the shape of x; scale, fp32, (ceil(numel / 256)).
     """
-    _, lowest, middle = tables(x.device, signed)
     b = blocks(x)
     scale = b.abs().amax(1)
     b = b / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
-    codes = lowest[(b.view(torch.int32) >> 16) & 0xFFFF].int()
-    return unblock((codes + (b > middle[codes])).to(torch.uint8), x.shape), scale
+    _, midpoints = get_map(x.device, signed)
+    codes = torch.bucketize(b, midpoints, out_int32=True)  # how many midpoints lie below
+    return unblock(codes.to(torch.uint8), x.shape), scale
 
 
 def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
     """qmap[codes] * scale: fp32, the shape of `codes`. A moment that has no scale is fp32 as it is."""
     if scale is None:
         return codes
-    qmap, _, _ = tables(codes.device, signed)
+    qmap, _ = get_map(codes.device, signed)
     return unblock(qmap[blocks(codes).int()] * scale[:, None], codes.shape)
 
 
@@ -130,12 +109,13 @@ def scale_key(name: str) -> str:
 
 def zeros(names: str, shape: tuple, dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict:
     """State before it is first stored, for each of `names`: in `dtype`, or in codes from 4096 values on."""
-    tables(device, True)  # so that they are not made in the middle of a compiled function
-    narrow = in_8_bits and math.prod(shape) >= SMALLEST
-    made = dict(dtype=torch.uint8 if narrow else dtype, device=device)
-    scales = {scale_key(name): -(-math.prod(shape) // BLOCK) for name in names if narrow}
-    return {name: torch.zeros(shape, **made) for name in names} | {
-        key: torch.zeros(n_blocks, device=device) for key, n_blocks in scales.items()}
+    size = math.prod(shape)
+    if not in_8_bits or size < SMALLEST:
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
+    for signed in (True, False):  # made here, not in the middle of a compiled function
+        get_map(device, signed)
+    return {name: torch.zeros(shape, dtype=torch.uint8, device=device) for name in names} | {
+        scale_key(name): torch.zeros(-(-size // BLOCK), device=device) for name in names}
 
 
 def load(state: dict[str, Tensor], name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -154,21 +134,6 @@ def store(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
         new = {name: codes, scale_key(name): scale}
     for key in new:
         state[key].copy_(torch.where(ok, new[key], state[key]))
-
-
-def split(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    """x in pieces of `size` values, as (blocks, 256) if 256 divides it: then Adam compiles to one kernel.
-    Views, if x is contiguous."""
-    x = x.reshape(-1) if x.numel() % BLOCK else x.reshape(-1, BLOCK)
-    return cut(x, max(1, size // x[:1].numel()))
-
-
-def pieces(state: dict[str, Tensor], names: str, size: int) -> list[dict[str, Tensor]]:
-    """What is named (as "MV") in pieces of `size` values: views that can be updated one at a time."""
-    views = {name: split(state[name], size) for name in names}
-    scales = [key for key in map(scale_key, names) if key in state]
-    views |= {key: cut(state[key], -(-size // BLOCK)) for key in scales}
-    return [dict(zip(views, parts)) for parts in zip(*views.values())]
 
 
 def check(fine: bool, otherwise: str) -> None:
@@ -277,9 +242,4 @@ def compiled(function):
 
 
 def norm(x: Tensor) -> Tensor:
-    """|x| in fp32, to 1e-7, without an fp32 copy of x."""
-    # a CPU adds one by one, and so loses 1.4% of 131 M values
-    while x.numel() > BLOCK and not (x.is_cuda or torch.compiler.is_compiling()):
-        parts = map(blocks, split(x, SLICE))
-        x = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])
     return torch.linalg.vector_norm(x, dtype=torch.float32)

@@ -30,11 +30,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Storage of moments and weights: load and store translate between fp32 and 8-bit codes, split and pieces cut.
-from adam8bit import (SLICE, Stored, advance_, check, compiled, cut, load, move_, norm, pieces, split, store,
-                      zeros)  # fmt: skip
+# Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
+from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, norm, store, zeros
 
 ONE, YES = torch.ones(()), torch.tensor(True)
+LARGE = 1 << 22  # values of a parameter whose state may live in host memory
 
 
 # ----- the subspace -----------------------------------------------------------------------------------------
@@ -79,10 +79,9 @@ def rotate(state: dict[str, Tensor], names: str, new: Tensor, ok: Tensor) -> Non
     """
     S = new.T @ load(state, "P").float()
     ok = ok & S.sum().isfinite()
-    moved = {"P": new} | {name: (S * S if name == "V" else S) @ load(state, name) for name in names}
-    for name, x in moved.items():  # in slices, as `store` makes temporaries
-        for piece, part in zip(pieces(state, name, SLICE), split(x, SLICE)):
-            store(piece, name, part, ok)
+    store(state, "P", new, ok)
+    for name in names:
+        store(state, name, (S * S if name == "V" else S) @ load(state, name), ok)
 
 
 # ----- directions -------------------------------------------------------------------------------------------
@@ -119,27 +118,24 @@ DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its 
 # ----- the update -------------------------------------------------------------------------------------------
 
 
-def update_(weights, scales, R, parts, state, names, direction, lr, alpha, decay, seed, ok, **how) -> tuple:
+def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> tuple:
     """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
     stay. If it is None, ok is: |R| is finite. The norm and not R alone, as V holds squares.
 
-    What is moved comes in slices (`move`), so that nothing of a weight's size is made. Compiled, it comes in
-    one piece: a kernel for the direction, a product, and one that moves. Returns |R|, if it was made, and ok.
+    Compiled, it is six kernels: two for the norm, P, direction, product, and one that moves. Returns |R|, if
+    it was made, and ok.
     """
     total = None
     if ok is None:
         total = norm(R)
         ok = total.isfinite()
+    N = advance_(state, names, direction, R, ok=ok, **how)
     stay = 1 - ok * (lr * decay)
-    steps = (advance_(moments, names, direction, part, ok=ok, **how) for moments, part in parts)
     if "P" in state:
-        P, N = load(state, "P", how["dtype"]), R.new_empty(R.shape, dtype=how["dtype"])
-        for part, step in zip(split(N, parts[0][1].numel()), steps):
-            part.copy_(step.view_as(part))
-        A, B = (P, N) if len(P) < weights[0].shape[1] else (N.T, P.T)  # P N, or its transpose
-        steps, lr = (a @ B for a in cut(A, len(weights[0]))), lr * alpha
-    for i, (W, step, scale) in enumerate(zip(weights, steps, scales)):
-        move_(W, step, lr, stay, None if seed is None else seed + i * 40503, scale)
+        P, lr = load(state, "P", N.dtype), lr * alpha
+        N = N.view(P.shape[1], -1)
+        N = P @ N if len(W) < W.shape[1] else N.T @ P.T  # the second is its transpose
+    move_(W, N, lr, stay, seed, scale)
     return total, ok
 
 
@@ -228,7 +224,7 @@ class GaLoreAdamW(Stored):
 
     def far(self, p: Tensor) -> bool:
         """Does the state of p live in host memory?"""
-        return self.offload and not self.group[p]["rank"] and p.numel() >= SLICE
+        return self.offload and not self.group[p]["rank"] and p.numel() >= LARGE
 
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
@@ -263,29 +259,27 @@ class GaLoreAdamW(Stored):
 
     def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink: Tensor = ONE):
         """Moves the weight and its moments (update_), and turns the basis if Y is given."""
-        state, group = self.state[p], self.group[p]
-        state["t"] += 1  # on the host, which does not know `ok`
-        if self.far(p):
-            state = {k: x.to(p.device, copy=True, non_blocking=True) for k, x in state.items() if k != "t"}
+        group, own = self.group[p], self.state[p]
+        own["t"] += 1  # on the host, which does not know `ok`
+        state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
-        update, size = (compiled(update_), 2**62) if self.compile else (update_, SLICE)
-        weights = cut(p, max(1, size // p.shape[1])) if "P" in state else split(p.view(-1), size)
-        scale = self.scales.get(p)
-        scales = [None] * len(weights) if scale is None else cut(scale, len(weights[0]))
-        parts = [(state, R)]
-        if direction is adam:  # which works element by element
-            parts = list(zip(pieces(state, names, size), split(R, size)))
-        bias = [torch.tensor(1 - beta ** self.state[p]["t"]) for beta in group["betas"]]
-        dtype = self.leaf(p).dtype if "P" in state else torch.float32
-        total, ok = update(weights, scales, R, parts, state, names, direction, torch.tensor(group["lr"]),
-                           group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
-                           betas=group["betas"], eps=group["eps"], bias=bias, dtype=dtype)  # fmt: skip
+        bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
+        W, seen = p, state  # Adam's work is on elements: where they are seen as blocks, it compiles to a kernel
+        if direction is adam and R.numel() % BLOCK == 0 and R.is_contiguous() and p.is_contiguous():
+            R, seen = R.view(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
+            W = p if "P" in state else p.view(-1, BLOCK)
+        run = compiled if self.compile else lambda function: function
+        total, ok = run(update_)(
+            W, self.scales.get(p), R, seen, names, direction, torch.tensor(group["lr"]), group["scale"],
+            group["weight_decay"], self.noise(p), ok, shrink=shrink, betas=group["betas"], eps=group["eps"],
+            bias=bias, dtype=self.leaf(p).dtype if "P" in state else torch.float32)
         if total is not None:
             self.norms[p] = total
-        for name in state if self.far(p) else ():
-            self.state[p][name].copy_(state[name])  # and waits: whoever saves it finds it there
+        if self.far(p):
+            for name, x in state.items():
+                own[name].copy_(x)  # and waits: whoever saves it finds it there
         if Y is not None:
-            rotate(state, names, refresh(load(state, "P").float(), Y.float()), ok)
+            run(rotate)(state, names, refresh(load(state, "P").float(), Y.float()), ok)
 
     @torch.no_grad()
     def step(self, closure=None):

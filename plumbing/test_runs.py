@@ -159,22 +159,6 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
     assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
 
 
-
-def test_three_slices_tell_what_all_take(monkeypatch):
-    """A step whose optimiser works in many slices has the same peaks, part by part, if all are simulated."""
-    for module in (adam8bit, galore):
-        monkeypatch.setattr(module, "SLICE", 1 << 13)
-    words = f"{PLAN} --no-layerwise --rank 160 --device cpu --total_batch_size 1"
-    args, config, _ = train.settle(words.split())
-
-    def parts(build, step, blocks, gap, tokens):
-        return memory.simulate(build, step, (0, 2), 2, tokens)
-
-    few = train.plan(args, config, 1, run=parts)
-    monkeypatch.setattr(memory, "few_slices", torch.split)
-    assert few == train.plan(args, config, 1, run=parts)
-
-
 def test_the_plan_is_printed(monkeypatch, tmp_path):
     """Kinds and, last, their sum. What does not fit, or cannot be simulated, is refused with the ways out."""
     words = f"{PLAN} --recompute 0 --total_batch_size 1".split()
