@@ -33,7 +33,6 @@ from torch import Tensor, nn
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
 from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, norm, store, zeros
 
-ONE, YES = torch.ones(()), torch.tensor(True)
 LARGE = 1 << 22  # values of a parameter whose state may live in host memory
 
 
@@ -118,17 +117,9 @@ DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its 
 # ----- the update -------------------------------------------------------------------------------------------
 
 
-def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> tuple:
+def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> None:
     """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
-    stay. If it is None, ok is: |R| is finite. The norm and not R alone, as V holds squares.
-
-    Compiled, it is six kernels: two for the norm, P, direction, product, and one that moves. Returns |R|, if
-    it was made, and ok.
-    """
-    total = None
-    if ok is None:
-        total = norm(R)
-        ok = total.isfinite()
+    stay. Compiled, it is four kernels: P, the direction, a product, and one that moves."""
     N = advance_(state, names, direction, R, ok=ok, **how)
     stay = 1 - ok * (lr * decay)
     if "P" in state:
@@ -136,7 +127,6 @@ def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **
         N = N.view(P.shape[1], -1)
         N = P @ N if len(W) < W.shape[1] else N.T @ P.T  # the second is its transpose
     move_(W, N, lr, stay, seed, scale)
-    return total, ok
 
 
 # ----- the optimiser ----------------------------------------------------------------------------------------
@@ -234,7 +224,7 @@ class GaLoreAdamW(Stored):
                 seed = (self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B) % 2**32
                 random = torch.Generator(p.device).manual_seed(seed)
                 start = torch.randn(state["P"].shape, generator=random, device=p.device)
-                store(state, "P", orthonormal(start), YES)
+                store(state, "P", orthonormal(start), ok=torch.tensor(True))
             if self.far(p):
                 self.state[p] = self.place(p, state)
         return self.state[p]
@@ -257,24 +247,27 @@ class GaLoreAdamW(Stored):
         mixed = hash((self.seed, self.index[p], self.group[p]["t"] + 1)) % 2**31
         return None if self.exact else torch.tensor(mixed, dtype=torch.int32)
 
-    def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink: Tensor = ONE):
-        """Moves the weight and its moments (update_), and turns the basis if Y is given."""
+    def move(self, p: Tensor, R: Tensor, Y: Tensor | None, ok: Tensor | None = None, shrink=1.0) -> None:
+        """Moves the weight and its moments, and turns the basis if Y is given. If `ok` is not known yet: |R|
+        is finite. The norm and not R alone, as V holds squares."""
+        if ok is None:
+            self.norms[p] = norm(R)
+            ok = self.norms[p] < torch.inf  # False for NaN, too
         group, own = self.group[p], self.state[p]
         own["t"] += 1  # on the host, which does not know `ok`
         state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
-        W, seen = p, state  # Adam's work is on elements: where they are seen as blocks, it compiles to a kernel
+        W, seen = p, state
         if direction is adam and R.numel() % BLOCK == 0 and R.is_contiguous() and p.is_contiguous():
+            # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
             R, seen = R.view(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
             W = p if "P" in state else p.view(-1, BLOCK)
         run = compiled if self.compile else lambda function: function
-        total, ok = run(update_)(
-            W, self.scales.get(p), R, seen, names, direction, torch.tensor(group["lr"]), group["scale"],
-            group["weight_decay"], self.noise(p), ok, shrink=shrink, betas=group["betas"], eps=group["eps"],
-            bias=bias, dtype=self.leaf(p).dtype if "P" in state else torch.float32)
-        if total is not None:
-            self.norms[p] = total
+        run(update_)(W, self.scales.get(p), R, seen, names, direction, torch.tensor(group["lr"]),
+                     group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
+                     betas=group["betas"], eps=group["eps"], bias=bias,
+                     dtype=self.leaf(p).dtype if "P" in state else torch.float32)
         if self.far(p):
             for name, x in state.items():
                 own[name].copy_(x)  # and waits: whoever saves it finds it there
