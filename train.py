@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction as switch
-from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -317,51 +316,55 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             args=kept(args))
         return step if done else saved
 
-    while True:
-        position, last, batches = stream.state_dict(), step >= args.steps, None
-        with suppress(Stop):
-            wanted = last or step % args.eval_every == 0 and (step or args.init)
-            if wanted and scores.get("step") != step:
-                scores = dict(step=step, **evaluate(model, val, args, brake.fetch))
-                log.write(scores)
-                tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
-                     "{bits_per_byte:.4f} bits per byte".format(**scores))
-            if not last and not streak and step % args.save_every == 0:
+    try:
+        while True:
+            position = stream.state_dict()
+            if step == args.steps or step % args.eval_every == 0 and (step or args.init):
+                if scores.get("step") != step:
+                    scores = dict(step=step, **evaluate(model, val, args, brake.fetch))
+                    log.write(scores)
+                    tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
+                         "{bits_per_byte:.4f} bits per byte".format(**scores))
+            if step == args.steps:
+                break
+            if step % args.save_every == 0 and not streak:
                 saved = save_now()  # not among skipped steps: the newest checkpoint is from before them
-            batches = None if last else brake.fetch(
+            batches = brake.fetch(
                 lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
-        finished = last and scores.get("step") == step
-        if batches is None:
-            saved = save_now() if finished or not streak else saved
-            break
 
-        begun = time.perf_counter()
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(step + 1, args, group["peak_lr"])
-        loss = training_step(model, opt, iter(batches), accumulate)
-        average(loss)
-        step += 1
+            begun = time.perf_counter()
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(step + 1, args, group["peak_lr"])
+            loss = training_step(model, opt, iter(batches), accumulate)
+            average(loss)
+            step += 1
 
-        # Here, and only here, the host waits for the device.
-        loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
-        streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
-        line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
-                    grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
-                    memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
-        log.write(line)
-        if step == args.steps or now - told > min(600, 5 + (now - began) / 10):  # seldom in a long run
-            told, left = now, timedelta(seconds=round((now - began) / (step - start) * (args.steps - step)))
-            tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
-                 "{skipped} steps skipped, {} left".format(args.steps, left, **line))
-        if streak > 20:
-            brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
-    if finished:
-        if saved < step:
-            brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
-        tell(f"{step - start} steps took {timedelta(seconds=round(time.perf_counter() - began))}")
-        return scores
-    tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
-         f"python train.py --resume --out_dir {args.out_dir}")
+            # Here, and only here, the host waits for the device.
+            loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
+            streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
+            line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
+                        grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
+                        memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
+            log.write(line)
+            if step == args.steps or now - told > min(600, 5 + (now - began) / 10):  # seldom in a long run
+                told, left = now, (now - began) / (step - start) * (args.steps - step)
+                tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
+                     "{skipped} steps skipped, {} left".format(args.steps, duration(left), **line))
+            if streak > 20:
+                brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
+                raise Stop
+    except Stop:
+        saved = saved if streak else save_now()
+        return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
+                    f"python train.py --resume --out_dir {args.out_dir}")
+    if save_now() < step:
+        brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
+    tell(f"{step - start} steps took {duration(time.perf_counter() - began)}")
+    return scores
+
+
+def duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -405,7 +408,7 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
         args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
         args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
-        tell(f"torch.compile does not work here, so nothing is compiled: slower, but the same ({why})")
+        tell(f"torch.compile does not work here, so nothing is compiled: slower, with more memory ({why})")
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
     keep_files(tokenizer, own)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
