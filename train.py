@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction as switch
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # on a busy CPU a spinning thread holds
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from adam8bit import check
 from data import C4_URL, EndOfData, get_tokenizer, open_data
@@ -305,9 +307,12 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
     past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
-    saved, streak, told = step if checkpoint else -1, 0, 0.0  # step 0 is saved, too
+    saved, streak = step if checkpoint else -1, 0  # step 0 is saved, too
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
     start, began, brake.idle = step, time.perf_counter(), False
+    seconds = 0.5 if sys.stderr.isatty() else 60  # into a file it goes seldom
+    bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=seconds, dynamic_ncols=True,
+               disable=RANK > 0)  # fmt: skip
 
     def save_now() -> int:
         done = step > saved and log.write() and save(
@@ -341,30 +346,27 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
 
             # Here, and only here, the host waits for the device.
             loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
-            streak, skipped, now = streak + 1 if bad > skipped else 0, int(bad), time.perf_counter()
+            streak, skipped = streak + 1 if bad > skipped else 0, int(bad)
             line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
-                        grad_norm=norm, tokens_per_s=round(step_tokens / (now - begun)),
+                        grad_norm=norm, tokens_per_s=round(step_tokens / (time.perf_counter() - begun)),
                         memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
             log.write(line)
-            if step == args.steps or now - told > min(600, 5 + (now - began) / 10):  # seldom in a long run
-                told, left = now, (now - began) / (step - start) * (args.steps - step)
-                tell("step {step}/{}: loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
-                     "{skipped} steps skipped, {} left".format(args.steps, duration(left), **line))
+            bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
+                                "{skipped} skipped".format(**line), refresh=False)
+            bar.update()
             if streak > 20:
                 brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
                 raise Stop
     except Stop:
+        bar.close()
         saved = saved if streak else save_now()
         return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
                     f"python train.py --resume --out_dir {args.out_dir}")
+    bar.close()
     if save_now() < step:
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
-    tell(f"{step - start} steps took {duration(time.perf_counter() - began)}")
+    tell(f"{step - start} steps took {timedelta(seconds=round(time.perf_counter() - began))}")
     return scores
-
-
-def duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -435,8 +437,29 @@ def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
          f"take it with you: python model.py {args.out_dir} --export DIR")
 
 
+class Forgiving:
+    """Standard error. A terminal that is gone, or a full disk behind it, ends nothing."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, AttributeError):
+            self.file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, AttributeError):
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        return self.file is not None and self.file.isatty()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
 def main() -> None:
-    brake = Brake()
+    sys.stderr, brake = Forgiving(sys.stderr), Brake()
     try:
         args, config, checkpoint = settle()
         if world() > 1 and not args.plan:
@@ -466,4 +489,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stderr = open(os.devnull, "w")  # a line that nothing takes would turn any exit code into 120
