@@ -32,7 +32,6 @@ import math
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
@@ -43,20 +42,19 @@ LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 # ----- a tensor to codes and back ---------------------------------------------------------------------------
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values of the dynamic data type, ascending, fp32 (2110.02861, section 2.2)."""
+def dynamic_map(signed: bool) -> tuple[Tensor, Tensor]:
+    """The 256 values of the dynamic data type, ascending, fp32 (2110.02861, section 2.2), and the 255
+    midpoints between them."""
     values = [0.0, 1.0]
     for i in range(7):  # decade 10^(i-7) ... 10^(i-6), in 2^i equal steps, or 2^(i+1) without a sign
         edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
         means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += means.tolist() + (-means if signed else means[:0]).tolist()
-    return torch.tensor(sorted(values))
+    qmap = torch.tensor(sorted(values))
+    return qmap, (qmap[1:] + qmap[:-1]) / 2
 
 
-MAPS = {}  # by device and sign: the values of the map, and the midpoints between neighbours
-for signed in (True, False):
-    qmap = dynamic_map(signed)
-    MAPS[torch.device("cpu"), signed] = qmap, (qmap[1:] + qmap[:-1]) / 2
+MAPS = {(torch.device("cpu"), signed): dynamic_map(signed) for signed in (True, False)}
 
 
 def get_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
@@ -68,7 +66,7 @@ def get_map(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
 def blocks(x: Tensor) -> Tensor:
     """Any shape as (blocks, 256); the last block is filled up with zeros."""
     fill = -x.numel() % BLOCK
-    return (F.pad(x.flatten(), (0, fill)) if fill else x).reshape(-1, BLOCK)
+    return (torch.constant_pad_nd(x.flatten(), (0, fill)) if fill else x).reshape(-1, BLOCK)
 
 
 def unblock(b: Tensor, shape: torch.Size) -> Tensor:
@@ -86,8 +84,7 @@ def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     b = blocks(x)
     scale = b.abs().amax(1)
     b = b / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
-    _, midpoints = get_map(x.device, signed)
-    codes = torch.bucketize(b, midpoints, out_int32=True)  # how many midpoints lie below
+    codes = torch.bucketize(b, get_map(x.device, signed)[1], out_int32=True)  # so many midpoints lie below
     return unblock(codes.to(torch.uint8), x.shape), scale
 
 
@@ -95,8 +92,8 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
     """qmap[codes] * scale: fp32, the shape of `codes`. A moment that has no scale is fp32 as it is."""
     if scale is None:
         return codes
-    qmap, _ = get_map(codes.device, signed)
-    return unblock(qmap[blocks(codes).int()] * scale[:, None], codes.shape)
+    values = get_map(codes.device, signed)[0][blocks(codes).int()]
+    return unblock(values * scale[:, None], codes.shape)
 
 
 # ----- state as the optimiser keeps it: {"M": ..., "V": ...} in fp32, or codes and scales -------------------
@@ -109,13 +106,13 @@ def scale_key(name: str) -> str:
 
 def zeros(names: str, shape: tuple, dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict:
     """State before it is first stored, for each of `names`: in `dtype`, or in codes from 4096 values on."""
-    size = math.prod(shape)
-    if not in_8_bits or size < SMALLEST:
-        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
-    for signed in (True, False):  # made here, not in the middle of a compiled function
-        get_map(device, signed)
-    return {name: torch.zeros(shape, dtype=torch.uint8, device=device) for name in names} | {
-        scale_key(name): torch.zeros(-(-size // BLOCK), device=device) for name in names}
+    narrow = in_8_bits and math.prod(shape) >= SMALLEST
+    made = dict(dtype=torch.uint8 if narrow else dtype, device=device)
+    state = {name: torch.zeros(shape, **made) for name in names}
+    for name in names if narrow else ():
+        state[scale_key(name)] = torch.zeros(-(-math.prod(shape) // BLOCK), device=device)
+        get_map(device, signed=name != "V")  # not in the middle of a compiled function
+    return state
 
 
 def load(state: dict[str, Tensor], name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,7 +161,7 @@ class Stored(torch.optim.Optimizer):
         """Raises ValueError for state that this optimiser would not have made; it stays as it is then."""
         saved, groups = state_dict["state"], state_dict["param_groups"]
         theirs = [(i, group) for group in groups for i in group["params"]]
-        form = lambda x: (getattr(x, "dtype", type(x)), getattr(x, "shape", ()))  # noqa: E731
+        form = lambda x: (x.dtype, x.shape) if torch.is_tensor(x) else type(x)  # noqa: E731
         for (i, group), p in zip(theirs, self.group):
             expected = self.empty(p, torch.device("meta"))
             found = saved.get(i, {"state": None}) or expected
@@ -239,7 +236,3 @@ def compiled(function):
     """It, compiled at its first call with each shape. For any shape at once, views would become copies."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float32)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
-from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, norm, store, zeros
+from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, store, zeros
 
 LARGE = 1 << 22  # values of a parameter whose state may live in host memory
 
@@ -251,7 +251,7 @@ class GaLoreAdamW(Stored):
         """Moves the weight and its moments, and turns the basis if Y is given. If `ok` is not known yet: |R|
         is finite. The norm and not R alone, as V holds squares."""
         if ok is None:
-            self.norms[p] = norm(R)
+            self.norms[p] = R.norm(dtype=torch.float32)
             ok = self.norms[p] < torch.inf  # False for NaN, too
         group, own = self.group[p], self.state[p]
         own["t"] += 1  # on the host, which does not know `ok`
@@ -285,12 +285,12 @@ class GaLoreAdamW(Stored):
                 self.move(p, *self.project(p))
         elif waiting:  # all norms must be known first
             projected = {p: self.project(p) for p in waiting}
-            self.norms = {p: norm(R) for p, (R, _) in projected.items()}
-            total = norm(torch.stack([*self.norms.values()]))
+            self.norms = {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
+            total = torch.stack([*self.norms.values()]).norm()
             ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
             for p, (R, Y) in projected.items():
                 self.move(p, R, Y, ok, shrink)
-        self.norm = norm(torch.stack([*self.norms.values()])) if self.norms else torch.zeros(())
+        self.norm = torch.stack([*self.norms.values()]).norm() if self.norms else torch.zeros(())
         self.skipped = self.skipped + ~self.norm.isfinite()
         self.norms.clear()
         for group in self.param_groups:
