@@ -174,8 +174,8 @@ class Stream:
             if len(self.tokens) != state["shard_tokens"]:
                 raise ValueError(f"shard {state['shard']} has {len(self.tokens)} tokens, it had "
                                  f"{state['shard_tokens']} at the checkpoint")
-            self.offset, self.epoch = state["offset"], state["epoch"]
-            self.seen, self.bytes = state["seen"], state["bytes"]
+            self.offset, self.epoch, self.seen, self.bytes = (
+                state[name] for name in ("offset", "epoch", "seen", "bytes"))
             return
         self.reset()
         first = self._read(seq_len + 1, around=False)
@@ -259,9 +259,6 @@ class Stream:
         return {"tokenizer": self.tokenizer.name, "shard": self.shards[self.index].name,
                 "shard_tokens": len(self.tokens), "offset": self.offset, "epoch": self.epoch,
                 "seen": self.seen, "bytes": self.bytes}
-
-
-open_data = Stream  # reads better where it is called
 
 
 def main():

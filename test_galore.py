@@ -1081,7 +1081,7 @@ def c4_like(folder, shards=3, documents=30):
 
 
 def opened(path, split="train", seq_len=16, **options):
-    return data.open_data(str(path), BYTES, split, seq_len, **options)
+    return data.Stream(str(path), BYTES, split, seq_len, **options)
 
 
 def ids_of(documents):
@@ -1108,7 +1108,7 @@ def test_round_trip(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "THREADS", 7)
     tokenizer, lines, mark = data.get_tokenizer(name), json_lines(documents), b"\xef\xbb\xbf"
     (tmp_path / "mine.jsonl").write_bytes(lines)
-    ids = data.open_data(str(tmp_path / "mine.jsonl"), tokenizer, "train", 1).shards[0].prepare()
+    ids = data.Stream(str(tmp_path / "mine.jsonl"), tokenizer, "train", 1).shards[0].prepare()
     ids = np.fromfile(ids, tokenizer.dtype)
     ends = np.flatnonzero(ids == tokenizer.eot)
     assert ends[-1] == len(ids) - 1 and tokenizer.decode([tokenizer.n_vocab, 10**6]) == ""

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from adam8bit import check
-from data import C4_URL, EndOfData, get_tokenizer, open_data
+from data import C4_URL, EndOfData, Stream, get_tokenizer
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
 from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
@@ -401,8 +401,8 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     if args.init and not checkpoint:  # before the data, which may take hours
         model = Llama.from_pretrained(args.init, dtype).to(start)
     where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
-    stream = open_data(args.data, tokenizer, "train", *where, state=place or None)
-    val = open_data(args.data, tokenizer, "val", *where)
+    stream = Stream(args.data, tokenizer, "train", *where, state=place or None)
+    val = Stream(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
     model = model or Llama(config, start, dtype)

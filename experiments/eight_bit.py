@@ -29,7 +29,7 @@ from runs import begin, make_model, options, parse, show, speed, spread, stepper
 import adam8bit
 import galore
 from adam8bit import SLICE, advance_, dequantise, quantise, scale_key, zeros
-from data import get_tokenizer, open_data
+from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, adam, param_groups, refresh, rotate
 
 STORAGES, YES, ONE = ("zero", "least", "root"), torch.tensor(True), torch.ones(())
@@ -96,7 +96,7 @@ class Watched(GaLoreAdamW):
 def trained(how: str, run: dict, device: str, found: dict) -> dict:
     """A run: its validation loss and largest steps. The errors of the storages beside it go to `found`."""
     tokenizer, model = get_tokenizer(run["tokenizer"]), make_model(run, device)
-    stream, val = (open_data(run["data"], tokenizer, split, run["seq_len"]) for split in ("train", "val"))
+    stream, val = (Stream(run["data"], tokenizer, split, run["seq_len"]) for split in ("train", "val"))
     groups, bits = param_groups(model, run["rank"], run["T"], run["alpha"]), 32 if how == "fp32" else 8
     opt = Watched(groups, lr=run["lr"], seed=run["seed"], state_bits=bits)
     opt.beside, opt.found, opt.held, opt.largest = how == "fp32" and not found, found, {}, {}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from runs import FOLDER, begin, options, parse, rates_of, show, spread, sweep, train, write
 
-from data import get_tokenizer, open_data
+from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, param_groups
 from thin import thin
 import runs
@@ -79,7 +79,7 @@ def trained(run: dict) -> int:
 
 def before(run: dict, device: str) -> dict:
     """The validation of the model as it came."""
-    val = open_data(run["data"], get_tokenizer(run["tokenizer"]), "val", run["seq_len"])
+    val = Stream(run["data"], get_tokenizer(run["tokenizer"]), "val", run["seq_len"])
     args = train.argparse.Namespace(**run, batch_size=run["total_batch_size"], device=device)
     return train.evaluate(runs.make_model(run, device), val, args, lambda read: read())
 

@@ -549,7 +549,7 @@ def curves(report) -> None:
     batch, length, steps = (4, 64, 10) if quick else (128, 256, 500)
     if not report.args.articles:
         return report.row("not run: --articles names no text")
-    text, val = (data.open_data(report.args.articles, tokenizer, split, length, data_dir=tempfile.gettempdir()) for split in ("train", "val"))
+    text, val = (data.Stream(report.args.articles, tokenizer, split, length, data_dir=tempfile.gettempdir()) for split in ("train", "val"))
     batches = [tuple(t.to(torch.int32) for t in text.batch(batch)) for _ in range(steps)]
     held = [tuple(t.to(device) for t in val.batch(min(batch, 64))) for _ in range(4)]
     vocab = -(-tokenizer.n_vocab // 64) * 64

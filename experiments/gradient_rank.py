@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 from runs import above_zero, begin, can_draw, make_model, options, parse, plot, show, stepper, title, write  # first: it finds the files below
 
-from data import get_tokenizer, open_data
+from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, param_groups, rows
 from model import SIZES
 
@@ -56,7 +56,7 @@ def observe(run: dict, device: str, every: int) -> dict:
                 found[quantity][kind].append([t, float(f"{mean(values):.5g}")])
 
     opt.register_step_pre_hook(before)
-    step = stepper(model, opt, run, open_data(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
+    step = stepper(model, opt, run, Stream(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
     for t in range(1, run["steps"] + 1):
         step(t)
     return found

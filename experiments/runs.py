@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from data import get_tokenizer, open_data  # noqa: E402
+from data import Stream, get_tokenizer  # noqa: E402
 from model import SIZES, Config, Llama  # noqa: E402
 import plot  # noqa: E402
 import speed  # noqa: E402
@@ -123,7 +123,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict]:
         torch.zeros(1, device=args.device)
         tokenizer = get_tokenizer(setting["tokenizer"])
         for split in ("train", "val"):
-            open_data(setting["data"], tokenizer, split, setting["seq_len"])
+            Stream(setting["data"], tokenizer, split, setting["seq_len"])
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         parser.error(str(error).split("\n")[0])
     fits(setting, parser)
@@ -183,7 +183,7 @@ def train_once(build, run: dict, device: str) -> dict:
     gpu, tokenizer = device.startswith("cuda"), get_tokenizer(run["tokenizer"])
     if not gpu:
         torch.set_num_threads(1)
-    stream, val = (open_data(run["data"], tokenizer, split, run["seq_len"]) for split in ("train", "val"))
+    stream, val = (Stream(run["data"], tokenizer, split, run["seq_len"]) for split in ("train", "val"))
     model = make_model(run, device)
     opt = build(model, run)
     if gpu:

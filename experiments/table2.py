@@ -33,7 +33,7 @@ from runs import above_zero, begin, curves, details, make_model, middle, options
 
 import lora
 from adam8bit import BLOCK, SMALLEST
-from data import get_tokenizer, open_data
+from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, param_groups
 from thin import thin
 
@@ -91,7 +91,7 @@ def speed(chosen: dict[str, dict], device: str, rounds: int) -> dict[str, float]
         if device.startswith("cuda"):
             for block in model.model.layers:
                 block.compile(fullgraph=True, dynamic=False)
-        steps[name] = stepper(model, opt, run, open_data(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
+        steps[name] = stepper(model, opt, run, Stream(run["data"], get_tokenizer(run["tokenizer"]), "train", run["seq_len"]))
     for t in range(1, rounds + 4):
         for name, step in steps.items():
             start = time.perf_counter()

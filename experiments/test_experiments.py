@@ -349,7 +349,7 @@ def test_comparisons_refuse(line, main_of, tmp_path, capsys):
 def test_variants_are_galore_with_one_change(muon, tokens):  # noqa: F811
     """experiments/beyond.py: unchanged, `Lab` is GaLoreAdamW to the last bit. Each option changes it."""
     beyond, runs = experiment("beyond"), experiment("runs")
-    stream = data.open_data("python", data.get_tokenizer("bytes"), "train", 32, data_dir=tokens)
+    stream = data.Stream("python", data.get_tokenizer("bytes"), "train", 32, data_dir=tokens)
     batches = [stream.batch(4) for _ in range(4)]
     run = runs.SETTING | runs.QUICK | dict(lr=0.01, seed=0, optimiser="Lab", muon=muon)
 
