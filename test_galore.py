@@ -687,19 +687,19 @@ def test_model_and_optimiser_are_freed():
     assert not any(x() is not None for x in watched)
 
 
-@pytest.mark.parametrize("direction", ["adam", "muon"])
-def test_updates_compile(direction, monkeypatch):
-    """torch.compile takes the 8-bit update with fullgraph=True, and changes nothing."""
+def test_updates_compile(monkeypatch):
+    """torch.compile takes 8-bit updates by Muon and Adam, and the rotation, with fullgraph=True, and changes
+    nothing."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
     torch._dynamo.reset()
     compiler = partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(galore, "compiled", cache(compiler))
     ends = []
     for compile in (False, True):
-        ends.append(parameters((40, 16), (9,)))
+        ends.append(parameters((40, 16), (16, 32)))
         groups = [dict(params=ends[-1][:1], rank=8), dict(params=ends[-1][1:])]
-        walk([GaLoreAdamW(groups, direction=direction, state_bits=8, compile=compile)], [ends[-1]], 3)
-    assert apart(*ends) < 1e-4 and apart(ends[0], parameters((40, 16), (9,))) > 1e-3
+        walk([GaLoreAdamW(groups, direction="muon", state_bits=8, compile=compile)], [ends[-1]], 3)
+    assert apart(*ends) < 1e-4 and apart(ends[0], parameters((40, 16), (16, 32))) > 1e-3
 
 
 def test_a_training_step_has_two_graphs():
@@ -1288,7 +1288,7 @@ def documented(tmp_path_factory, tokens):
 def test_the_documented_command_learns(documented):
     """It says what it does, learns, samples, and leaves log and checkpoint."""
     folder, output = documented
-    for word in ("galore-r64", "1,894,080 parameters", "step 24/24: loss", "bits per byte", "sample:\ndef "):
+    for word in ("galore-r64", "1,894,080 parameters", "24/24 [", "bits per byte", "sample:\ndef "):
         assert word in output
     first, *lines = log_of(folder)
     steps, scores = [line for line in lines if "loss" in line], lines[-1]
@@ -1301,14 +1301,14 @@ def test_the_documented_command_learns(documented):
     assert math.isclose(scores["bits_per_byte"], bits, rel_tol=0.01)
 
 
-def test_one_of_two_processes_dies_and_one_goes_on(tmp_path):
+def test_one_of_two_processes_dies_and_one_goes_on(tmp_path, few):
     """Of two under torchrun one is killed. One process goes on, and ends like one alone, to the last bit."""
-    options = [*FEW, *"--steps 24 --save_every 4 --eval_every 99 --update_proj_gap 7 --state_bits 8".split(),
+    options = [*few, *"--steps 12 --save_every 2 --eval_every 99 --update_proj_gap 5 --state_bits 8".split(),
                *"--grad_clipping 1 --total_batch_size 8 --batch_size 4 --eval_tokens 32".split()]  # fmt: skip
     torchrun = [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --master_port=29517".split()]
     env, log = os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path / "run" / "log.jsonl"
     with subprocess.Popen([*torchrun, HERE / "train.py", *options], cwd=tmp_path, env=env) as process:
-        while process.poll() is None and not (log.exists() and '"step": 10,' in log.read_text()):
+        while process.poll() is None and not (log.exists() and '"step": 5,' in log.read_text()):
             time.sleep(0.02)
         ps = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
         os.kill(int(subprocess.run(ps, capture_output=True, text=True).stdout.split()[1]), signal.SIGKILL)

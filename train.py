@@ -24,7 +24,6 @@ import time
 from argparse import BooleanOptionalAction as switch
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 # Both must stand before torch is imported.
@@ -309,10 +308,9 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
     saved, streak = step if checkpoint else -1, 0  # step 0 is saved, too
     accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
-    start, began, brake.idle = step, time.perf_counter(), False
-    seconds = 0.5 if sys.stderr.isatty() else 60  # into a file it goes seldom
-    bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=seconds, dynamic_ncols=True,
-               disable=RANK > 0)  # fmt: skip
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 60)  # into a file it goes seldom
+    brake.idle = False
 
     def save_now() -> int:
         done = step > saved and log.write() and save(
@@ -365,7 +363,6 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     bar.close()
     if save_now() < step:
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
-    tell(f"{step - start} steps took {timedelta(seconds=round(time.perf_counter() - began))}")
     return scores
 
 
