@@ -380,8 +380,8 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     args.out_dir = args.out_dir or free_folder(f"out/{args.size}-{method}")
     check(args.resume or RANK or not holds_a_run(Path(args.out_dir)),
           f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir")
-    step, lines, place = (checkpoint[k] if checkpoint else 0 for k in ("step", "log_lines", "data"))
-    same = seal(kept(args) | dict(step=step, data=None, data_dir=None))
+    past = checkpoint or dict(step=0, log_lines=0, data=None, args=None)
+    same = seal(kept(args) | dict(step=past["step"], data=None, data_dir=None))
     check(highest(same) == -highest(-same), "the processes do not agree: start all with the same arguments, "
           "and --resume from the same checkpoint, in a folder that they share or a copy of it")
     own = Path(args.out_dir, "tokenizer")
@@ -398,7 +398,7 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     if args.init and not checkpoint:  # before the data, which may take hours
         model = Llama.from_pretrained(args.init, dtype).to(start)
     where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
-    stream = Stream(args.data, tokenizer, "train", *where, state=place or None)
+    stream = Stream(args.data, tokenizer, "train", *where, state=past["data"])
     val = Stream(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
@@ -408,12 +408,12 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
     except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
         args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
         tell(f"torch.compile does not work here, so nothing is compiled: slower, with more memory ({why})")
-    opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), lines)
+    opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), past["log_lines"])
     keep_files(tokenizer, own)
-    if log.lines == 0 or kept(args) != checkpoint["args"]:
+    if log.lines == 0 or kept(args) != past["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
         versions = dict(python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())
-        log.write(dict(step=step, args=vars(args), versions=versions, parameters=model.num_parameters()))
+        log.write(dict(step=past["step"], args=vars(args), versions=versions))
     narrow = " and int8" * bool(args.weight_bits)
     tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}{narrow}, "
          f"{world()} x {args.device}\n"

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from adam8bit import scale_key
 from galore import adam
 from model import CHUNK_LOGITS, Config
 from plumbing.files import highest, world
@@ -31,12 +32,15 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-# A compiled update reads and writes moments and weights within its kernels. What it makes are the factors of
-# its products. These four stand for what compiles to no more than a pass over memory.
+# Compiled code reads and writes moments and weights within its kernels. What it makes are the factors of its
+# products. These stand for what compiles to no more than a pass over memory.
+
+def dequantise(codes, scale, signed):
+    return codes if scale is None else codes.new_empty(codes.shape, dtype=torch.float32)
+
 
 def load(state, name, dtype=None):
-    x = state[name]
-    return x.new_empty(x.shape, dtype=dtype or torch.float32) if x.dtype == torch.uint8 else x.to(dtype)
+    return dequantise(state[name], state.get(scale_key(name)), True).to(dtype)
 
 
 def advance_(state, names, direction, R, dtype, **more):
@@ -45,7 +49,7 @@ def advance_(state, names, direction, R, dtype, **more):
     return direction(R.float(), *(load(state, name) for name in names), dtype=dtype, **more)[0]
 
 
-def nothing(*args):
+def nothing(*args, **more):
     pass
 
 
@@ -75,7 +79,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
     tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
     with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
-          mock.patch.multiple("galore", **COMPILED),
+          mock.patch("thin.dequantise", dequantise), mock.patch.multiple("galore", **COMPILED),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         model, opt, micro_batches = build(*blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
