@@ -28,11 +28,11 @@ from runs import begin, make_model, options, parse, show, speed, spread, stepper
 
 import adam8bit
 import galore
-from adam8bit import SLICE, advance_, dequantise, quantise, scale_key, zeros
+from adam8bit import advance_, dequantise, quantise, scale_key, zeros
 from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, adam, param_groups, refresh, rotate
 
-STORAGES, YES, ONE = ("zero", "least", "root"), torch.tensor(True), torch.ones(())
+STORAGES, YES = ("zero", "least", "root"), torch.tensor(True)
 PARTS = {"embed": "embedding", "lm_head": "head", "_proj": "matrices", "norm.": "norms"}
 own_load, own_store = adam8bit.load, adam8bit.store
 
@@ -77,12 +77,12 @@ class Watched(GaLoreAdamW):
         if not self.beside or p.ndim < 2:
             return
         how_so = given(group["betas"], group["eps"], self.state[p]["t"])
-        N = advance_({"M": old["M"], "V": old["V"]}, "MV", adam, R, ONE, YES, **how_so)
+        N = advance_({"M": old["M"], "V": old["V"]}, "MV", adam, R, 1.0, YES, **how_so)
         decade = R.abs().log10().floor().clamp(-12, 0).long().flatten() + 12  # zeros count to the lowest
         for how in STORAGES:
             held = self.held.setdefault((p, how), zeros("MV", R.shape, torch.float32, True, p.device))
             with stored(how):
-                error = (advance_(held, "MV", adam, R, ONE, YES, **how_so) - N).abs().flatten().double()
+                error = (advance_(held, "MV", adam, R, 1.0, YES, **how_so) - N).abs().flatten().double()
                 if p in self.turning:
                     new = refresh(old["P"].float(), Y.float())
                     rotate(held | {"P": old["P"].clone()}, "MV", new, YES)
@@ -113,13 +113,13 @@ def trained(how: str, run: dict, device: str, found: dict) -> dict:
 
 def seconds(device: str, compile: bool, rounds: int) -> dict:
     """Time of `adam` in each storage: the median of the rounds' ratios to `zero`."""
-    G, rest = torch.randn(SLICE // 256, 256, device=device), given((0.9, 0.999), 1e-8, 9)
+    G, rest = torch.randn(1 << 14, 256, device=device), given((0.9, 0.999), 1e-8, 9)
     state = zeros("MV", G.shape, G.dtype, True, G.device)
     run = torch.compile(advance_) if compile else advance_
 
     def step(how: str) -> float:
         with stored(how):
-            return speed.seconds(lambda: run(state, "MV", adam, G, ONE, YES, **rest))[0]
+            return speed.seconds(lambda: run(state, "MV", adam, G, 1.0, YES, **rest))[0]
 
     took = speed.take_turns({how: lambda how=how: step(how) for how in STORAGES}, rounds)
     return {"compiled": compile} | {how: round(speed.ratio(took[how], took["zero"]), 3) for how in STORAGES}
