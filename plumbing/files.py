@@ -4,8 +4,8 @@
     OUT_DIR/log.jsonl            all arguments and versions, then a line per step
 
 A checkpoint is written beside its name and renamed: a kill at any moment leaves a whole one. Its seal is a
-checksum of all but the values of tensors, for which the file has its own. A resumed run cuts off the log
-behind its checkpoint. A full disk ends nothing: lines wait in memory, the next save tries again.
+checksum of all but the values of tensors, for which the file has its own. A full disk ends nothing: lines
+wait in memory, the next save tries again.
 
 Left out on purpose: Windows (fcntl), checkpoints in several files.
 """
@@ -22,7 +22,7 @@ import zlib
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -37,8 +37,8 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 # ----- checkpoints ------------------------------------------------------------------------------------------
 
 def save(folder: Path, keep: int, **what) -> bool:
-    """The first process writes checkpoint-STEP.pt without a copy of its tensors, and deletes all but the
-    `keep` newest. False, and a line to the user, if the disk does not take it."""
+    """The first process writes checkpoint-STEP.pt and deletes all but the `keep` newest. False, and a line to
+    the user, if the disk does not take it."""
     if RANK:
         return True
     part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
@@ -106,7 +106,6 @@ def lock(folder: Path) -> int:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(number)
         raise ValueError(f"another process is training in {folder}: wait for its end, "
                          "or take another --out_dir") from None
     except OSError:  # a file system without locks
@@ -115,43 +114,36 @@ def lock(folder: Path) -> int:
 
 
 class Log:
-    """log.jsonl, of the first process. kept: so many lines of an earlier log stay; lines: it has so many."""
+    """log.jsonl, of the first process. kept: so many lines of an earlier log stay, those of before its
+    checkpoint. lines: it has so many; size: so many bytes."""
 
     def __init__(self, folder: Path, kept: int):
-        self.path, self.waiting, self.lines = folder / "log.jsonl", [], 0
+        self.path, self.waiting, self.lines = folder / "log.jsonl", "", 0
         if RANK:
             return
-        self.lock, lines = lock(folder), []
-        if kept and self.path.exists():
-            lines = [line for line in self.path.read_bytes().splitlines(True)[:kept] if line.endswith(b"\n")]
-        with open(self.path, "ab") as file:
-            file.truncate(sum(map(len, lines)))
-        self.lines = len(lines)
+        self.lock = lock(folder)
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            lines = [line for line in islice(file, kept) if line.endswith(b"\n")]
+            self.lines, self.size = len(lines), file.truncate(sum(map(len, lines)))
 
     def write(self, line: dict | None = None) -> bool:
         """Is everything on disk, with this line? Without one it writes what waits."""
         if RANK:
             return True
+        told = self.waiting or not line
         if line:
             no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-            self.waiting.append(json.dumps(line | no_number) + "\n")  # JSON has no NaN
+            self.waiting += json.dumps(line | no_number) + "\n"  # JSON has no NaN
             self.lines += 1  # here wandb.log(line), and in __init__, below "if RANK", wandb.init()
-        text = "".join(self.waiting).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    if file.write(text) < len(text):
-                        raise OSError("No space left on device")
-                    if not line:  # before a checkpoint
-                        os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
-            self.waiting = []
+            with open(self.path, "ab") as file:
+                end = file.truncate(min(self.size, file.tell()))  # without what a full disk cut short
+                file.write(self.waiting.encode())
+            self.size, self.waiting = end + len(self.waiting), ""
         except OSError as error:
-            if line and len(self.waiting) == 1:
+            if not told:
                 tell(f"{self.path} could not be written ({error}): its lines wait in memory, and checkpoints "
                      "are not written, until they can be")
         return not self.waiting
@@ -185,9 +177,8 @@ class Stop(Exception):
 
 
 class Brake:
-    """Ends a run between two steps. asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal.
-    problem: a sentence, or "", and the exit code for it. While it is `idle`, starting or waiting for data,
-    it is interrupted at once."""
+    """Ends a run between two steps, or at once while it is `idle`: starting, or waiting for data.
+    asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal. problem: a sentence, or ""."""
 
     def __init__(self):
         self.asked, self.problem, self.code, self.idle = 0.0, "", 2, True
@@ -209,7 +200,8 @@ class Brake:
         result = None
         try:
             self.idle = True
-            result = None if self.asked else read()
+            if not self.asked:
+                result = read()
         except KeyboardInterrupt:  # from `ask`
             pass
         except (ValueError, OSError) as error:

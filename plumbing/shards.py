@@ -2,23 +2,24 @@
 
     server  --download-->  SHARD  --tokenise-->  SHARD.TOKENIZER.STAMP.tokens  -->  data.py
 
-A folder is read without its subfolders. Files named val, valid, validation, dev or eval are validation. If
-any are named train, only they are training text, else all others are. Hidden files, test sets, licences and
-readmes are not read. One line names what is read and what is not.
+Of a folder, files named val, valid, validation, dev or eval are validation. If any are named train, only
+they are training text, else all others are. Subfolders, hidden files, test sets, licences and readmes are
+not read.
 
-The stamp is of the source's name, size and time. A changed source gets a new token file; the old one goes.
-Every file is written as NAME.part, locked by its writer, and renamed when whole. No other is half a file, and
-no work is done twice. A process of lowest priority makes the next shard: a thread would hold Python's lock.
+The stamp is of the source's name, size and time: a changed source gets a new token file. Every file is
+written as NAME.part, locked by its writer, and renamed when whole: none is half a file, and no work is done
+twice. A process of lowest priority makes the next shard: a thread would hold Python's lock.
 
 Left out on purpose: Hugging Face's `datasets`, Windows (fcntl).
 """
 import fcntl
+import glob
 import gzip
 import hashlib
 import multiprocessing
 import os
-import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -27,15 +28,13 @@ import urllib.request
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
 JSON_LINES, TEXT = (".json", ".jsonl", ".json.gz", ".jsonl.gz"), (".txt", ".txt.gz")
-# What a file of a folder is, by its name. A word counts if it stands alone, not among letters or other words:
-# constraints.txt and "Girl on the Train.txt" are plain text.
+# A word counts if it stands alone: constraints.txt and "Girl on the Train.txt" are plain text.
 WORDS = re.compile(
     r"(?i)(?<![a-z])(?<![a-z] )(?:(?P<train>train)|(?P<val>val|valid|validation|dev|eval|evaluation)|"
     r"(?P<rest>test|readme|licen[cs]e|copying|copyright|notice|changelog|^\..*))(?:ing|set|data)?(?! ?[a-z])")
@@ -56,13 +55,10 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
     if data == "c4":
         if "{}" not in data_url:
             raise ValueError(f"data_url {data_url!r} needs a {{}} where the file's name goes")
-
-        def c4(kind, count):
-            for i in range(count):
-                name = f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz"
-                yield Shard(name, [folder / name], folder, tokenizer, data_url.replace("{}", name))
-
-        return [*c4("train", 1024)], [*c4("validation", 8)]
+        names = [[f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz" for i in range(count)]
+                 for kind, count in (("train", 1024), ("validation", 8))]
+        return [[Shard(name, [folder / name], folder, tokenizer, data_url.replace("{}", name))
+                 for name in split] for split in names]
     if data == "python":
         return [[Shard(f"python-{split}", python_files(split), folder, tokenizer, mix=True)]
                 for split in ("train", "val")]
@@ -70,7 +66,7 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
     if say:
         held = "the last 1% of each shard, as there is no file for it"
         tell(f"{data}: training on {named(train)}; validation on {named(val) if val else held}; "
-             f"not read: {named(rest, 20)}")
+             f"not read: {named(rest)}")
     if data_dir is None and os.access(train[0].parent, os.W_OK):
         folder = train[0].parent
     splits = []
@@ -82,47 +78,40 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
     return splits
 
 
-def sort_files(path):
+def sort_files(path: Path):
     """Files for training, for validation, and not read. A file named by itself is for training."""
-    try:
-        if not path.exists():
-            raise ValueError(f"data path {path} does not exist (other values of data: c4, python)")
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        texts = [file for file in files if file.is_file() and file.name.lower().endswith(JSON_LINES + TEXT)]
-        words = {file: {word.lastgroup for word in WORDS.finditer(file.name) if file != path}
-                 for file in texts}
-        val = [file for file in texts if "val" in words[file] and "rest" not in words[file]]
-        train = [file for file in texts if words[file] == {"train"}]
-        train = train or [file for file in texts if not words[file]]
-        for file in train + val:
-            open(file, "rb").close()  # what cannot be read is told now, not when training comes to it
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not path.exists():
+        raise ValueError(f"data path {path} does not exist (other values of data: c4, python)")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    texts = [file for file in files if file.is_file() and file.name.lower().endswith(JSON_LINES + TEXT)]
+    words = {file: {word.lastgroup for word in WORDS.finditer(file.name) if file != path} for file in texts}
+    val = [file for file in texts if "val" in words[file] and "rest" not in words[file]]
+    train = ([file for file in texts if words[file] == {"train"}] or
+             [file for file in texts if not words[file]])
     if not train:
         raise ValueError(f"{path} holds no training text {JSON_LINES + TEXT}; found: {named(files)}")
     return train, val, sorted({*files} - {*train, *val})
 
 
-def named(files, most=6):
-    """The names of `files`, of very many the first. Token files are ours, and not named."""
-    names = [file.name + "/" * file.is_dir() for file in files
-             if not re.search(r"\.[0-9a-f]{12}\.tokens", file.name)]
-    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
-    return ", ".join(names[:most] + more) or "nothing"
+def named(files: list[Path]) -> str:
+    """The names of `files`, of many the first. Token files are ours, and not named."""
+    names = [file.name + "/" * file.is_dir() for file in files if file.suffix != ".tokens"]
+    more = [f"and {len(names) - 8:,} more"] * (len(names) > 8)
+    return ", ".join(names[:8] + more) or "nothing"
 
 
 def python_files(split: str) -> list[Path]:
     """This machine's standard library, without tests and tables, in the order of a hash of each file's name.
     By the same hash one file in 20 is validation."""
-    root = Path(os.__file__).parent
+    root, numbers = Path(os.__file__).parent, {}
     leave = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
              "encodings", "pydoc_data"}
-    tops = [top for top in root.iterdir() if top.name not in leave]
-    names = [file.relative_to(root) for top in tops for file in [top, *top.rglob("*.py")]]
-    names = [name for name in names if name.suffix == ".py" and not leave.intersection(name.parts)]
-    number = {name: int(hashlib.sha1(name.as_posix().encode()).hexdigest(), 16) for name in names}
-    chosen = [name for name in names if (number[name] % 20 == 0) == (split == "val")]
-    return [root / name for name in sorted(chosen, key=number.get)]
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - leave
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            name = file.relative_to(root).as_posix()
+            numbers[int(hashlib.sha1(name.encode()).hexdigest(), 16)] = file
+    return [numbers[i] for i in sorted(numbers) if (i % 20 == 0) == (split == "val")]
 
 
 @dataclass
@@ -135,10 +124,9 @@ class Shard:
     url: str = ""  # where files[0] comes from, if it is not there
     mix: bool = False  # long documents, whose parts are to be shuffled
 
-    def token_files(self):
+    def token_files(self) -> list[Path]:
         """Those there are: none, one, or an outdated one as well."""
-        prefix = f"{self.name}.{self.tokenizer.name}."
-        return [file for file in self.folder.glob("*.tokens") if file.name.startswith(prefix)]
+        return [*self.folder.glob(f"{glob.escape(self.name)}.{self.tokenizer.name}.*.tokens")]
 
     def prepare(self, background: bool = False) -> Path:
         """The token file, made if need be. ValueError says what is wrong, OSError what source is gone."""
@@ -157,12 +145,11 @@ class Shard:
 
     def prefetch(self):
         """Starts the process that prepares this shard beside training."""
-        shard = pickle.dumps(self)  # by hand, so that the tokenizer is loaded where errors are told
         context = multiprocessing.get_context("spawn")
-        context.Process(target=prepare_beside, args=(shard,), daemon=True).start()
+        context.Process(target=prepare_beside, args=(self,), daemon=True).start()
 
 
-def prepare_beside(shard):
+def prepare_beside(shard: Shard):
     """Body of that process. Its errors are told and stop nothing: training comes to them in its time."""
     parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, even a killed one
@@ -172,27 +159,23 @@ def prepare_beside(shard):
     with suppress(AttributeError, OSError):  # Linux has a class below that: only what nobody else wants
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     try:
-        pickle.loads(shard).prepare(background=True)
+        shard.prepare(background=True)
     except (ValueError, OSError) as error:
         tell(f"the next shard could not be made ready ahead ({error}); it is tried again later", always=True)
 
 
 def sweep(shards: list[Shard], keep: int):
-    """Deletes token files and downloads of `shards`, but nothing that another run is just filling."""
-    names = tuple(f"{shard.name}.{shard.tokenizer.name}." for shard in shards)
-    old = [file for ending in ("", ".part") for file in shards[0].folder.glob("*.tokens" + ending)
-           if file.name.startswith(names)]
-    old += [Path(f"{shard.files[0]}{ending}") for ending in ("", ".part") for shard in shards if shard.url]
-    for file in old:
-        with suppress(FileNotFoundError, BlockingIOError), open(file, "r+b") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.unlink()
-            tell(f"{file.name} deleted, as keep_shards is {keep}")
+    """Deletes token files and downloads of `shards`. Who still reads one keeps it until then."""
+    for shard in shards:
+        for file in shard.token_files() + shard.files * bool(shard.url):
+            with suppress(FileNotFoundError):
+                file.unlink()
+                tell(f"{file.name} deleted, as keep_shards is {keep}")
 
 
 def make(path: Path, write, resumable: bool = False):
     """Has `write(file)` fill `path` unless it is there. Who locks PATH.part writes, others wait. A lock ends
-    with its process, however that ends. ValueError if the disk does not take the file."""
+    with its process. ValueError if the disk does not take the file."""
     part = Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,9 +199,8 @@ def make(path: Path, write, resumable: bool = False):
 
 
 def download(url: str, file, background: bool):
-    """Appends to `file` what it lacks of `url`. After trouble it waits as long as the server says, at most an
-    hour, else 1, 2, 4 ... 600 s. ValueError after 4 attempts without progress. In the background it is 40:
-    some six hours, a night without network."""
+    """Appends to `file` what it lacks of `url`. After trouble it waits 1, 2, 4 ... 600 s, or up to an hour if
+    the server says so. ValueError after 4 attempts without progress, in the background 40: six hours."""
     path, failures = Path(file.name.removesuffix(".part")), 0
     while True:
         before = file.seek(0, os.SEEK_END)
@@ -233,11 +215,8 @@ def download(url: str, file, background: bool):
                                  f"{file.name}, or bring {path.name} into {path.parent} by other means; "
                                  "--data python needs no download") from None
             wait = min(2 ** (failures - 1), 600)
-            after = getattr(error, "headers", {}).get("Retry-After") or ""
-            with suppress(ValueError):  # neither seconds nor a date
-                if not after.isdigit():
-                    after = parsedate_to_datetime(after).timestamp() - time.time() + 1
-                wait = min(max(int(after), wait // 8), 3600)  # // 8: a "0" must not use up the patience
+            with suppress(AttributeError, TypeError, ValueError):  # no such header, or a date
+                wait = max(wait, min(int(error.headers["Retry-After"]), 3600))
             tell(f"{path.name}: {error}; trying again in {wait} s", always=True)
             time.sleep(wait)
 
@@ -250,9 +229,9 @@ def fetch(url, file, name, background):
         if answer.status != 206:  # all of it, from the start
             have = file.truncate(0)
         total = have + int(answer.headers["Content-Length"] or 0)
-        with tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, disable=background) as bar:
-            while block := answer.read(1 << 20):
-                bar.update(file.write(block))
+        bar = dict(desc=name, initial=have, total=total, disable=background)
+        with tqdm.wrapattr(file, "write", **bar) as counted:
+            shutil.copyfileobj(answer, counted, 1 << 20)
     if (have := file.seek(0, os.SEEK_END)) < total:
         raise OSError(f"connection ended at byte {have} of {total}")
     with gzip.open(file.name) as check:
