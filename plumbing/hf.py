@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import Config
 from plumbing.tokenizer import write_folder
@@ -56,10 +56,11 @@ def read_config(folder: str | os.PathLike) -> Config:
         raise ValueError(f"{path} does not describe a LLaMA that can be used here: {error}") from None
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def read_weights(folder, dtype):
     """All weights of a folder by name, copied out of one file after the other, so that none stays mapped.
 
     Raises FileNotFoundError if there are none, ValueError for a file that cannot be read."""
+    folder = Path(folder)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(f"{folder} has no weights, neither model*.safetensors nor pytorch_model*.bin")
@@ -84,12 +85,11 @@ def load(cls: type[nn.Module], folder: str | os.PathLike, dtype: torch.dtype | N
     """A model cls(config) with a folder's weights, on the CPU. dtype None: that of the stored head.
 
     Raises what read_config, read_weights and assemble raise."""
-    return assemble(cls, read_config(folder), read_weights(Path(folder), dtype), folder)
+    return assemble(cls, read_config(folder), read_weights(folder, dtype), folder)
 
 
-def assemble(cls: type[nn.Module], config: Config, weights: dict[str, Tensor],
-             folder: str | os.PathLike) -> nn.Module:
-    """A model of these weights themselves. Raises ValueError if they do not match the config."""
+def assemble(cls, config, weights, folder):
+    """A model of these weights, {name: tensor}, not of copies. ValueError if they do not match the config."""
     model = cls(config, device="meta")
     if config.tie_word_embeddings and EMBEDDING in weights:
         weights.setdefault(HEAD, weights[EMBEDDING])
@@ -106,13 +106,13 @@ def assemble(cls: type[nn.Module], config: Config, weights: dict[str, Tensor],
 
 # ----- Out --------------------------------------------------------------------------------------------------
 
-def wide(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights, with int8 codes multiplied by the scale of their row, in the head's dtype."""
+def wide(stored):
+    """A state_dict's weights, with int8 codes multiplied by the scale of their row, in the head's dtype."""
     return {name: (w * stored[name + "_scale"]).to(stored[HEAD].dtype) if name + "_scale" in stored else w
             for name, w in stored.items() if not name.endswith("_scale")}
 
 
-def empty(folder: str | os.PathLike) -> Path:
+def empty(folder):
     """The folder's whole path. Raises ValueError if it holds anything, or is a file."""
     folder = Path(folder).resolve()
     if folder.is_file() or any(folder.glob("*")):
@@ -122,7 +122,7 @@ def empty(folder: str | os.PathLike) -> Path:
 
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
     """Make a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a data.Tokenizer is
-    given. Weights go to model.safetensors, or, if that package is not installed, to pytorch_model.bin.
+    given. Without the package safetensors the weights go to pytorch_model.bin.
 
     Raises ValueError if the folder holds anything, OSError if the disk does not take it."""
     folder = empty(folder)

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, get_tokenizer
+from data import get_tokenizer
 from model import Config, Llama
 from plumbing import hf
 from plumbing.files import checkpoints, read_checkpoint, within
 from plumbing.shards import tell
 
 
-def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer of a run or a folder. `name`: a tokenizer for a folder that has none. ValueError if
-    they do not go together."""
+def read(source, name):
+    """Model and tokenizer of a run or a folder. `name`: of a tokenizer, for a folder that has none."""
     folder = Path(source)
     run = read_checkpoint(folder) if checkpoints(folder) else None
     if not run and not (folder / "config.json").exists():
@@ -42,7 +41,7 @@ def read(source: str, name: str | None) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def prompt(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def prompt(model, tokenizer, args):
     """Prints --prompt and how it goes on, up to an end-of-text; then tokens/s."""
     draw = torch.Generator(args.device).manual_seed(args.seed)
     tokens = torch.tensor([tokenizer.document(args.prompt).tolist()], device=args.device)
@@ -61,7 +60,7 @@ def prompt(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None
     tell(f"{count} tokens, {count / (time.perf_counter() - begun):.1f} tokens/s")
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         usage="python model.py RUN (--prompt TEXT | --export DIR) [options]   (--help explains them)",
         allow_abbrev=False)

@@ -78,7 +78,7 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
     return splits
 
 
-def sort_files(path: Path):
+def sort_files(path):
     """Files for training, for validation, and not read. A file named by itself is for training."""
     if not path.exists():
         raise ValueError(f"data path {path} does not exist (other values of data: c4, python)")
@@ -93,7 +93,7 @@ def sort_files(path: Path):
     return train, val, sorted({*files} - {*train, *val})
 
 
-def named(files: list[Path]) -> str:
+def named(files):
     """The names of `files`, of many the first. Token files are ours, and not named."""
     names = [file.name + "/" * file.is_dir() for file in files if file.suffix != ".tokens"]
     more = [f"and {len(names) - 8:,} more"] * (len(names) > 8)
@@ -124,7 +124,7 @@ class Shard:
     url: str = ""  # where files[0] comes from, if it is not there
     mix: bool = False  # long documents, whose parts are to be shuffled
 
-    def token_files(self) -> list[Path]:
+    def token_files(self):
         """Those there are: none, one, or an outdated one as well."""
         return [*self.folder.glob(f"{glob.escape(self.name)}.{self.tokenizer.name}.*.tokens")]
 
@@ -149,7 +149,7 @@ class Shard:
         context.Process(target=prepare_beside, args=(self,), daemon=True).start()
 
 
-def prepare_beside(shard: Shard):
+def prepare_beside(shard):
     """Body of that process. Its errors are told and stop nothing: training comes to them in its time."""
     parent = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, even a killed one

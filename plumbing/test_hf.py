@@ -14,32 +14,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 from model import Config, Llama  # noqa: E402
-from plumbing import hf as hf_folders  # noqa: E402
-from plumbing import sample, shards  # noqa: E402
+from plumbing import hf, sample, shards  # noqa: E402
 from test_galore import TINY, Evil, oracle, refused, run, some_tokens, texts, tiny  # noqa: E402
-
-LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def hf_tokenizer(family, folder):
     """A folder with a small tokenizer of this form. Returns it as the package `tokenizers` reads it."""
-    hf, byte_level = oracle("tokenizers", "tokenizers"), family == "llama3"
-    pre, normal = hf.pre_tokenizers, hf.normalizers
+    package, byte_level = oracle("tokenizers", "tokenizers"), family == "llama3"
+    pre, normal = package.pre_tokenizers, package.normalizers
     space, letters = ("Ġ", pre.ByteLevel.alphabet()) if byte_level else ("▁", "▁abcdefghij()\nné中")
     merges = [("d", "e"), ("de", "f"), (space, "a"), (space, space)]
     tokens = dict.fromkeys(["<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters])
     ids = {token: i for i, token in enumerate([*tokens, *map("".join, merges)])}
-    whole = hf.Tokenizer(hf.models.BPE(ids, merges, byte_fallback=not byte_level))
-    if byte_level:
-        split = pre.Split(hf.Regex(LLAMA3), "isolated")
-        whole.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(False, use_regex=False)])
-        whole.decoder = hf.decoders.ByteLevel()
+    whole = package.Tokenizer(package.models.BPE(ids, merges, byte_fallback=not byte_level))
     if family == "llama2":
         whole.normalizer = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
+    if family == "llama3":
+        whole.pre_tokenizer = pre.Sequence([pre.ByteLevel(add_prefix_space=False)])
+        whole.decoder = package.decoders.ByteLevel()
     if family == "mistral":
         whole.pre_tokenizer = pre.Metaspace(prepend_scheme="first", split=False)
     whole.add_special_tokens(["<s>", "</s>"])
-    whole.post_processor = hf.processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    whole.post_processor = package.processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     folder.mkdir(exist_ok=True)
     whole.enable_truncation(8)  # many folders have one; it is not for training
     whole.save(str(folder / "tokenizer.json"))
@@ -76,15 +72,15 @@ def test_tokenizer_of_a_folder(family, tmp_path):
 def test_scaled_rope_is_transformers(scaling, tmp_path):
     """Logits equal transformers' below and beyond the original length, and after the way there and back.
     Its weights lie in several files."""
-    hf, tokens = oracle("transformers", "transformers"), some_tokens(1, 200)
+    transformers, tokens = oracle("transformers", "transformers"), some_tokens(1, 200)
     torch.manual_seed(0)
-    theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY | dict(hidden_size=64), initializer_range=0.2,
-                                                max_position_embeddings=256, rope_scaling=scaling))
+    config = TINY | dict(hidden_size=64, max_position_embeddings=256, rope_scaling=scaling)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, initializer_range=0.2))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
     assert len([*(tmp_path / "theirs").glob("model-*.safetensors")]) > 1
     ours = Llama.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    back = hf.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
+    back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
         assert torch.equal(back(tokens).logits, theirs(tokens).logits)
@@ -93,56 +89,56 @@ def test_scaled_rope_is_transformers(scaling, tmp_path):
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_a_model_comes_in_goes_on_and_leaves(family, tmp_path):
     """--init, --resume, --export, --prompt: transformers continues a text as we do. What is refused."""
-    hf, start, gone = oracle("transformers", "transformers"), tmp_path / "start", tmp_path / "gone"
+    transformers, start, out = oracle("transformers", "transformers"), tmp_path / "start", tmp_path / "out"
+
+    def call(words, more="", **options):
+        return run(tmp_path, *words.split(), *more.split(), **options)
+
     Llama(Config(640, 32, 48, 2, 2)).save_pretrained(start)
     hf_tokenizer(family, start)
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n\n\nété 中文 12345 " * 4000)
-    words = ("--init start --data text.txt --total_batch_size 2 --seq_len 32 --eval_tokens 64 --steps 9 "
-             "--device cpu").split()
-    run(tmp_path, *words, *"--eval_every 99 --out_dir run --lr 0.02".split())
-    start.rename(gone)  # the run has a copy of its tokenizer
-    run(tmp_path, *"--resume --out_dir run --steps 10 --device cpu".split())
-    run(tmp_path, *"run --export out".split(), program=sample)
+    begin = "--init start --data text.txt --total_batch_size 2 --seq_len 32 --eval_tokens 64 --device cpu"
+    call(begin, "--steps 9 --eval_every 99 --out_dir run --lr 0.02")
+    gone = start.rename(tmp_path / "gone")  # the run has a copy of its tokenizer
+    call("--resume --out_dir run --steps 10 --device cpu")
+    call("run --export out", program=sample)
     gone.rename(start)
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o44 == 0o44
-    theirs, read = (auto.from_pretrained(tmp_path / "out")
-                    for auto in (hf.AutoModelForCausalLM, hf.AutoTokenizer))
-    ids = read("def f(x", return_tensors="pt", return_token_type_ids=False)
-    text = theirs.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids.input_ids.size(1) :].tolist()
-    text, pieces = text[: text.index(1) if 1 in text else None], data.get_tokenizer(str(start)).pieces
-    expected = b"".join(pieces[token] for token in text).decode(errors="replace")
+    assert (out / "model.safetensors").stat().st_mode & 0o44 == 0o44
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    read = transformers.AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([read("def").input_ids])
+    text = theirs.generate(ids, max_new_tokens=24, do_sample=False)[0]
+    text = text[text != 1]  # end-of-text
+    expected = f"{data.get_tokenizer(str(start)).decode(text)}\n{len(text) - ids.size(1)} tokens, "
     for source in ("run", "out"):
-        shown = run(tmp_path, source, *"--temperature 0 --tokens 24 --prompt".split(), "def f(x",
-                    program=sample)
-        assert shown.startswith(f"def f(x{expected}\n{len(text)} tokens, "), shown
-
-    for options, sentence in {
+        shown = call(source, "--temperature 0 --tokens 24 --prompt def", program=sample)
+        assert shown.startswith(expected), shown
+    for words, sentence in {
         "run --export start": "start is there already", ". --export new": ". holds no checkpoint-STEP.pt",
         "run --tokenizer bytes --prompt x": "run has a tokenizer of its own",
         "run --prompt=": "--prompt is empty", "run --export new --tokens 5": "--tokens has no effect with",
     }.items():
-        assert sentence in run(tmp_path, *options.split(), expect=2, program=sample)
-    file = start / "tokenizer.json"
-    assert "has other ids than start" in run(tmp_path, *words, "--tokenizer", "bytes", expect=2)
+        assert sentence in call(words, program=sample, expect=2)
+    assert "has other ids than start" in call(begin, "--tokenizer bytes", expect=2)
     change(start / "config.json", vocab_size=50)
-    assert "smaller than that of --tokenizer ./start" in run(tmp_path, *words, expect=2)
-    file.write_text("{}")
-    assert "tokenizer.json cannot be used" in run(tmp_path, *words, expect=2)
-    file.unlink()
-    assert "start has no tokenizer.json: say --tokenizer" in run(tmp_path, *words, expect=2)
+    assert "smaller than that of --tokenizer ./start" in call(begin, expect=2)
+    (start / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json cannot be used" in call(begin, expect=2)
+    (start / "tokenizer.json").unlink()
+    assert "start has no tokenizer.json: say --tokenizer" in call(begin, expect=2)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"out", "run", "start"}
 
 
 def test_tiktoken_leaves_with_the_same_ids(monkeypatch, tmp_path):
     """transformers' tokenizer, made of an encoding whose special ids have gaps, gives the encoding's ids."""
-    hf, tiktoken = oracle("transformers", "transformers"), data.tiktoken
+    transformers, tiktoken = oracle("transformers", "transformers"), data.tiktoken
     ranks = {bytes([i]): i for i in range(256)} | {b"de": 256, b"def": 257, b" d": 258}
     made = tiktoken.Encoding("made", pat_str=r" ?\w+|\s+|[^\s\w]+", mergeable_ranks=ranks,
                              special_tokens={"<|x|>": 300, "<|endoftext|>": 305})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: made)
     monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["made"])
-    hf_folders.save(tiny(vocab_size=320), tmp_path / "out", data.get_tokenizer("made"))
-    theirs, text = hf.AutoTokenizer.from_pretrained(tmp_path / "out"), "def f(d): été 中文😀"
+    hf.save(tiny(vocab_size=320), tmp_path / "out", data.get_tokenizer("made"))
+    theirs, text = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), "def f(d): été 中文😀"
     assert theirs(text).input_ids == made.encode(text) and theirs("<|x|>").input_ids == [300]
     assert theirs.decode(made.encode(text)) == text and theirs.eos_token_id == 305
 

@@ -30,14 +30,14 @@ NO_PREFIX = dict(prepend="", prepend_scheme="never", add_prefix_space=False)
 PROBE = "  Ab\té e\u0301 ﬁ 中文😀\r\n\x01 x  \n\n the end "
 
 
-def byte_letters() -> dict[str, int]:
-    """GPT-2's spelling of bytes as letters: printable ones stand for themselves, others from U+0100 on."""
+def byte_letters():
+    """GPT-2's letters for bytes: printable ones stand for themselves, others are U+0100 and so on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted({*range(256)} - {*printable})
     return dict(zip(map(chr, [*printable, *range(256, 324)]), printable + others))
 
 
-def token_bytes(tokenizer) -> list[bytes]:
+def token_bytes(tokenizer):
     """The bytes of each id; b"" where the ids have gaps."""
     vocabulary, added, letters = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder(), byte_letters()
     byte_level, pieces = "ByteLevel" in str(tokenizer.decoder), [b""] * (1 + max(vocabulary.values()))
@@ -51,7 +51,7 @@ def token_bytes(tokenizer) -> list[bytes]:
     return pieces
 
 
-def both_ends(root: Path, tokenizer) -> tuple[int | None, list[int]]:
+def both_ends(root, tokenizer):
     """The id that begins a document, or None, and those that end a text: a document ends with the first."""
     told, *configs = (json.loads(file.read_bytes()) if file.exists() else {}
                       for file in map(root.joinpath, CONFIGS))
@@ -86,10 +86,10 @@ def read_folder(folder: str) -> dict:
         bos, ends = both_ends(file.parent, tokenizer)
         pieces = token_bytes(tokenizer)
 
-        def encode(text: str) -> np.ndarray:    # a batch of one: only that lets other threads run
+        def encode(text):    # a batch of one: only that lets other threads run
             return np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int64)
 
-        def there_and_back(text: str) -> str:
+        def there_and_back(text):
             return b"".join(pieces[i] for i in encode(text)).decode()
 
         prefix = there_and_back("a").removesuffix("a")
@@ -109,7 +109,7 @@ def read_folder(folder: str) -> dict:
                 ends=ends, source=folder)
 
 
-def copy_files(source: str, folder: Path) -> None:
+def copy_files(source, folder):
     """What a folder's tokenizer is read from, here and elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in map(Path(source).joinpath, FILES):
