@@ -11,6 +11,7 @@ Left out on purpose: downloads. A config that needs what model.py leaves out is 
 """
 import json
 import os
+import shutil
 import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -145,7 +146,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
             try:
                 from safetensors.torch import save_file
                 save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-                (part / "model.safetensors").chmod(0o644)    # it writes for the owner's eyes only
+                shutil.copymode(part / "config.json", part / "model.safetensors")    # it was its owner's only
             except ImportError:
                 torch.save(weights, part / "pytorch_model.bin")
             part.rename(folder)

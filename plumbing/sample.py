@@ -90,7 +90,7 @@ def main():
         if args.export:
             hf.empty(args.export)    # now, not after minutes of reading
         elif not args.prompt:
-            raise ValueError("--prompt is empty: at least one token is needed")
+            raise ValueError("--prompt and --export cannot be empty")
         model, tokenizer = read(args.source, args.tokenizer)
         if args.prompt:
             prompt(model, tokenizer, args)

@@ -69,13 +69,14 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
              f"not read: {named(rest)}")
     if data_dir is None and os.access(train[0].parent, os.W_OK):
         folder = train[0].parent
-    splits = []
-    for split, files in (("train", train), ("val", val)):
+
+    def shards(split, files):
         texts = [file for file in files if file.name.lower().endswith(TEXT)]
-        splits.append([Shard(file.name, [file], folder, tokenizer) for file in sorted({*files} - {*texts})])
-        if texts:  # together one shard, each a document
-            splits[-1].append(Shard(f"{Path(data).resolve().name}-{split}", texts, folder, tokenizer))
-    return splits
+        alone = [Shard(file.name, [file], folder, tokenizer) for file in sorted({*files} - {*texts})]
+        # texts are one shard, each a document
+        return alone + [Shard(f"{Path(data).resolve().name}-{split}", texts, folder, tokenizer)] * bool(texts)
+
+    return shards("train", train), shards("val", val)
 
 
 def sort_files(path):
@@ -205,7 +206,7 @@ def download(url: str, file, background: bool):
     while True:
         before = file.seek(0, os.SEEK_END)
         try:
-            return fetch(url, file, path.name, background)
+            return fetch(url, file, background)
         except (OSError, HTTPException, *BAD_GZIP) as error:
             if isinstance(error, BAD_GZIP) or getattr(error, "code", 0) == 416:
                 file.truncate(0)  # 416: it is longer than the server's
@@ -221,7 +222,7 @@ def download(url: str, file, background: bool):
             time.sleep(wait)
 
 
-def fetch(url, file, name, background):
+def fetch(url, file, background):
     """One attempt of `download`. An error if length or gzip checksum are wrong in the end."""
     have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -229,7 +230,7 @@ def fetch(url, file, name, background):
         if answer.status != 206:  # all of it, from the start
             have = file.truncate(0)
         total = have + int(answer.headers["Content-Length"] or 0)
-        bar = dict(desc=name, initial=have, total=total, disable=background)
+        bar = dict(desc=Path(file.name).stem, initial=have, total=total, disable=background)
         with tqdm.wrapattr(file, "write", **bar) as counted:
             shutil.copyfileobj(answer, counted, 1 << 20)
     if (have := file.seek(0, os.SEEK_END)) < total:

@@ -116,7 +116,7 @@ def test_a_model_comes_in_goes_on_and_leaves(family, tmp_path):
     for words, sentence in {
         "run --export start": "start is there already", ". --export new": ". holds no checkpoint-STEP.pt",
         "run --tokenizer bytes --prompt x": "run has a tokenizer of its own",
-        "run --prompt=": "--prompt is empty", "run --export new --tokens 5": "--tokens has no effect with",
+        "run --prompt=": "cannot be empty", "run --export new --tokens 5": "--tokens has no effect with",
     }.items():
         assert sentence in call(words, program=sample, expect=2)
     assert "has other ids than start" in call(begin, "--tokenizer bytes", expect=2)
@@ -180,10 +180,9 @@ def test_damaged_checkpoints(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "safetensors.torch", None)  # import fails
         model.save_pretrained(tmp_path)
     assert torch.equal(Llama.from_pretrained(tmp_path)(some_tokens()), model(some_tokens()))
-    weights, name = torch.load(path), "model.layers.1.mlp.up_proj.weight"
+    weights, name = torch.load(path), "model.norm.weight"
     for changed, sentence in [
-        ({key: weights[key] for key in weights if key != name}, f'Missing key.* "{name}"'),
-        (weights | {"extra": torch.ones(1)}, 'Unexpected key.* "extra"'),
+        ({}, 'Missing key.* "model.embed_tokens.weight"'),
         (weights | {name: torch.ones(3, 4)}, f"size mismatch for {name}"),
         (weights | {"lm_head.weight": torch.ones(97, 32)}, "but tie_word_embeddings is true"),
         (Evil(tmp_path / "trace"), "cannot be read"),
