@@ -11,8 +11,10 @@ import math
 import re
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ import train  # noqa: E402
 from galore import GaLoreAdamW, param_groups  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from plumbing import shards  # noqa: E402
-from test_galore import oracle, tokens  # noqa: E402, F401
+from test_galore import oracle, run, tokens  # noqa: E402, F401
 
 torch.set_num_threads(1)
 experiment = importlib.import_module    # a script of experiments/
@@ -41,11 +43,18 @@ def main_of(tmp_path, monkeypatch, tokens):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(tokens)
 
-    def run(name, *words):
+    def main(name, *words):
         monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *map(str, words)])
         experiment(name).main()
 
-    return run
+    return main
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """Every size has one block."""
+    for shape in train.SIZES.values():
+        monkeypatch.setitem(shape, "num_hidden_layers", 1)
 
 
 def two_layers():
@@ -211,11 +220,13 @@ def test_relora_starts_again():
 
 @pytest.mark.parametrize("line", ["table2", "figure3", "knobs", "gradient_rank", "beyond methods",
                                   "beyond variants", "beyond cut"])
-def test_comparisons_run(line, main_of, tmp_path):
-    """The --quick form of each script that makes a table: its json has all methods, finite losses and the
-    conditions."""
-    name, *words = line.split()
-    words += ["--quick"] + ["--jobs", "1"] * (name != "gradient_rank")
+def test_comparisons_run(line, main_of, tmp_path, monkeypatch):
+    """The --quick form of each script that makes a table, with one block and three steps: its json has all
+    methods, finite losses and the conditions."""
+    name, *words = f"{line} --quick --hidden 32 --layers 1 --steps 3 --warmup_steps 1".split()
+    words += ["--jobs", "1"] * (name != "gradient_rank")
+    if name != "table2" and experiment("plot").Figure:    # of the others' pictures the drawing takes longest
+        monkeypatch.setattr(experiment("plot").Figure, "savefig", lambda figure, path, **_: path.touch())
     main_of(name, *words, "--out", tmp_path / "folder" / "result.json")
     text = (tmp_path / "folder" / "result.json").read_text()
     got = json.loads(text)
@@ -337,7 +348,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_comparisons_refuse(line, main_of, tmp_path, capsys):
+def test_comparisons_refuse(line, main_of, one_block, tmp_path, capsys):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(SystemExit, match="2"):
         main_of(*line.split(), *["--out", "x.json"] * ("--out" not in line))
@@ -351,7 +362,7 @@ def test_variants_are_galore_with_one_change(muon, tokens):  # noqa: F811
     beyond, runs = experiment("beyond"), experiment("runs")
     stream = data.Stream("python", data.get_tokenizer("bytes"), "train", 32, data_dir=tokens)
     batches = [stream.batch(4) for _ in range(4)]
-    run = runs.SETTING | runs.QUICK | dict(lr=0.01, seed=0, optimiser="Lab", muon=muon)
+    run = runs.SETTING | runs.QUICK | dict(layers=1, lr=0.01, seed=0, optimiser="Lab", muon=muon)
 
     def weights(build):
         model = runs.make_model(run, "cpu")
@@ -375,7 +386,7 @@ def test_variants_are_galore_with_one_change(muon, tokens):  # noqa: F811
 def test_formulas_of_the_variants():
     """experiments/beyond.py: singular values alike, or columns of a size. Outside P, Adam's scale holds."""
     beyond, runs = experiment("beyond"), experiment("runs")
-    run = runs.SETTING | runs.QUICK | dict(lr=0.01, seed=0)
+    run = runs.SETTING | runs.QUICK | dict(layers=1, lr=0.01, seed=0)
     for change in (dict(svd=True), dict(even=0.9), dict(residual=1e9)):
         model = runs.make_model(run, "cpu")
         opt = beyond.Lab(model, run | change | dict(muon="residual" not in change))
@@ -396,9 +407,11 @@ def test_formulas_of_the_variants():
             torch.testing.assert_close(step - P @ N, outside, rtol=0, atol=1e-3)
 
 
-def test_the_gpu_script_runs_on_a_cpu(main_of, tmp_path, capfd):
+def test_the_gpu_script_runs_on_a_cpu(main_of, one_block, tmp_path, monkeypatch, capfd):
     """experiments/gpu.py --quick: each part, in this process, gives figures."""
-    out = tmp_path / "gpu-quick.json"
+    gpu, out = experiment("gpu"), tmp_path / "gpu-quick.json"
+    monkeypatch.setattr(gpu, "typical", lambda call, *_: gpu.seconds(call))    # of one call, no median
+    monkeypatch.setattr(train, "plan", lambda args, config, batch: lambda recompute: dict(weights=1.0))
     for part in ("preflight", "7b_256"):
         main_of("gpu", "--quick", "--device", "cpu", "--alone", "--out", out, "--part", part)
     parts = json.loads(out.read_text())["parts"]
@@ -406,21 +419,20 @@ def test_the_gpu_script_runs_on_a_cpu(main_of, tmp_path, capfd):
     assert parts["7b_256"]["rows"][1]["tokens/s"] > 0 and "Traceback" not in capfd.readouterr().err
 
 
-def test_glue(main_of, tmp_path):
-    """experiments/glue.py --quick: five methods learn two of GLUE's files through transformers and peft. The
-    state is 4 r (m + 2n) bytes a matrix in GaLore, full fine-tuning's Adam's two values."""
+def test_glue(main_of, tmp_path, monkeypatch):
+    """experiments/glue.py --quick: two of GLUE's tasks with five methods, through transformers and peft. They
+    learn CoLA. The state is 4 r (m + 2n) bytes a matrix in GaLore, full fine-tuning's Adam's two values."""
     for name, pip in (("transformers",) * 2, ("peft",) * 2, ("sklearn", "scikit-learn"), ("scipy",) * 2):
         oracle(name, pip)
-    out = tmp_path / "glue-quick.json"
-    main_of("glue", "--quick", "--tasks", "CoLA", "STS-B", "--threads", 1, "--out", out)
+    glue, out = experiment("glue"), tmp_path / "glue-quick.json"
+    monkeypatch.setitem(glue.TASKS, "STS-B", glue.TASKS["STS-B"]._replace(batch_size=128))
+    main_of("glue", *"--quick --tasks CoLA STS-B --epochs 1 --threads 1 --out".split(), out)
     text = out.read_text()
     rows = {row["method"]: row for row in json.loads(text)["table"]}
     assert len(rows) == 5 and str(tmp_path) not in text
     for method, row in rows.items():
         scores = {name: task["mean"] for name, task in row["tasks"].items()}
-        least = {"CoLA": 50, "STS-B": 10}    # chance: 0 and 0
-        assert scores.keys() == least.keys(), method
-        assert all(scores[task] > least[task] for task in least), (method, scores)
+        assert scores["CoLA"] > 50 and abs(scores["STS-B"]) <= 100, (method, scores)    # chance: 0 and 0
     for r in (4, 8):    # a block's 4 matrices 32 x 32 and 2 of 32 x 64: P, M, V
         values = r * (4 * (32 + 2 * 32) + 2 * (32 + 2 * 64))
         assert rows[f"GaLore, r = {r}"]["matrices"] == 4 * values
@@ -428,15 +440,30 @@ def test_glue(main_of, tmp_path):
     assert rows["full fine-tuning"]["matrices"] == 4 * values
     tried = {"1e-05": {"0": {"accuracy": 0.5}, "1": {"accuracy": 0.9}}, "2e-05": {"0": {"accuracy": 0.6}},
              "3e-05": {"7": {"accuracy": 1.0}}}
-    assert experiment("glue").chosen("RTE", tried) == "2e-05"    # compared on the seed that most rates have
+    assert glue.chosen("RTE", tried) == "2e-05"    # compared on the seed that most rates have
 
 
-def test_killed(main_of, capfd):
+def test_killed(main_of, monkeypatch, capfd, tmp_path):
     """experiments/torture.py: killed in a checkpoint, and resumed, a run ends with the weights, moments, data
     position and log of one that was left alone, to the last bit."""
-    main_of("torture", *"--kills 1 --steps 12 --shards 1 --seed 21".split())
+    popen = subprocess.Popen
+
+    def start(command, **how):
+        """Only what is to be killed gets a process of its own."""
+        if command[3].parent.name == "killed" and "--resume" not in command:
+            process = popen(command, **how)
+            while process.poll() is None and not (command[3] / "log.jsonl").exists():
+                time.sleep(0.02)
+            return process
+        said = run(tmp_path, *command[2:])
+        return SimpleNamespace(returncode=0, communicate=lambda: [said])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(experiment("torture"), "SEQ_LEN", 16)
+    monkeypatch.setattr(train, "sample", lambda *_: None)    # nobody reads it
+    main_of("torture", *"--kills 1 --steps 10 --shards 1 --seed 21".split())
     said = capfd.readouterr().out
-    assert "1 kills" in said and "log: 14 lines, equal" in said
+    assert "1 kills" in said and "log: 11 lines, equal" in said
     assert re.search(r"[1-9]\d* steps are safe", said)
 
 
@@ -460,7 +487,24 @@ def test_kernels(main_of, capsys):
     assert products == 4 * 7 and 4 * 7 * 3 < kernels <= 4 * 7 * 5 + 11 * 3
 
 
-def test_checkpoint(tmp_path):
-    """In a process of its own: pytest puts plumbing/ first, whose memory.py is not the one that it imports."""
-    script = [sys.executable, HERE / "experiments" / "checkpoint.py", "--quick", "--out", tmp_path / "checkpoint.json"]
-    assert "written to" in subprocess.run(script, capture_output=True, text=True, check=True).stdout
+def test_checkpoint(main_of, one_block, tmp_path, monkeypatch):
+    """experiments/checkpoint.py, in one process and small: what is read is what was saved, and the file is as
+    large. The highest memory is seen, not the last."""
+    monkeypatch.syspath_prepend(HERE / "experiments")    # pytest puts plumbing/ first, which has a memory.py
+    checkpoint, many = experiment("checkpoint"), 1 << 26
+    monkeypatch.setattr(checkpoint, "ProcessPoolExecutor", lambda *_: experiment("runs").Here())
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")    # main() sets it
+    monkeypatch.setitem(train.SIZES, "60m", train.SIZES["toy"])
+    main_of("checkpoint", "--quick", "--out", tmp_path / "checkpoint.json")
+    saved, read = json.loads((tmp_path / "checkpoint-quick.json").read_text())["halves"]
+    assert (saved["what"], read["what"]) == ("save", "read")
+    values = Llama(Config(vocab_size=32000, **train.SIZES["60m"]), "meta").num_parameters()
+    assert saved["weights"] == read["weights"] == 2 * values    # bf16
+    assert saved["state"] == read["state"] and saved["held"] < saved["file"] < 1.01 * saved["held"]
+
+    before = checkpoint.resident()
+    with checkpoint.Watch() as watch:
+        some = torch.ones(many, dtype=torch.uint8)
+        time.sleep(0.1)
+        del some
+    assert watch.peak - before > many / 2 > checkpoint.resident() - before
