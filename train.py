@@ -39,7 +39,7 @@ from adam8bit import check
 from data import C4_URL, EndOfData, Stream, get_tokenizer
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
-from plumbing.files import (LOCAL_RANK, RANK, Brake, Log, Stop, free_folder, highest, holds_a_run, hosts,
+from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, highest, holds_a_run, hosts,
                             most_memory, read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
@@ -432,27 +432,6 @@ def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
     tell(f"more of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
-
-
-class Forgiving:
-    """Standard error. A terminal that is gone, or a full disk behind it, ends nothing."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, text: str) -> None:
-        with suppress(OSError, AttributeError):
-            self.file.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, AttributeError):
-            self.file.flush()
-
-    def isatty(self) -> bool:
-        return self.file is not None and self.file.isatty()
-
-    def fileno(self) -> int:
-        return self.file.fileno()
 
 
 def main() -> None:

@@ -213,6 +213,27 @@ class Brake:
         return result
 
 
+class Forgiving:
+    """Standard error. A terminal that is gone, or a full disk behind it, ends nothing."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, AttributeError):
+            self.file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, AttributeError):
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        return self.file is not None and self.file.isatty()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
 def within(least, most=1e38):
     """A type for argparse: a number from `least` to `most`, whole if `least` is."""
     def number(word):

@@ -25,6 +25,7 @@ from plumbing.tokenizer import write_folder
 
 ROPE = dict(default=(), linear=("factor",), llama3=(    # rope_type: the fields that it needs
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+FILE_BYTES = 5 * 10**9    # of weights in a file
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -62,10 +63,11 @@ def read_weights(folder, dtype):
 
     Raises FileNotFoundError if there are none, ValueError for a file that cannot be read."""
     folder = Path(folder)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files, weights = [], {}
+    for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
+        files = files or sorted(folder.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"{folder} has no weights, neither model*.safetensors nor pytorch_model*.bin")
-    weights = {}
+        raise FileNotFoundError(f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin")
     try:
         for file in files:
             if file.suffix == ".safetensors":
@@ -123,18 +125,22 @@ def empty(folder):
 
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
     """Make a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a data.Tokenizer is
-    given. Without the package safetensors the weights go to pytorch_model.bin.
+    given. Above 5 GB the weights go to several files, with an index.
 
-    Raises ValueError if the folder holds anything, OSError if the disk does not take it."""
+    Raises ValueError if the folder holds anything or a package is missing, OSError if the disk is full."""
     folder = empty(folder)
+    try:
+        from huggingface_hub import save_torch_state_dict
+        import safetensors.torch  # noqa: F401, which that needs
+    except ImportError:
+        raise ValueError("an export needs: pip install safetensors huggingface_hub") from None
     weights = wide({name: w.cpu().contiguous() for name, w in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del weights[HEAD]
-    config = asdict(model.config) | dict(
+    ends = dict(bos_token_id=tokenizer and tokenizer.bos, eos_token_id=tokenizer and tokenizer.ends)
+    config = asdict(model.config) | ends | dict(    # without ends transformers would assume 1 and 2
         architectures=["LlamaForCausalLM"], model_type="llama",
-        torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."),
-        bos_token_id=tokenizer and tokenizer.bos,    # without both transformers would assume 1 and 2
-        eos_token_id=tokenizer and tokenizer.ends)
+        torch_dtype=str(model.lm_head.weight.dtype).removeprefix("torch."))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as beside:
         part = Path(beside, folder.name)
@@ -143,12 +149,11 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
             if tokenizer:
                 write_folder(tokenizer, part)
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            try:
-                from safetensors.torch import save_file
-                save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-                shutil.copymode(part / "config.json", part / "model.safetensors")    # it was its owner's only
-            except ImportError:
-                torch.save(weights, part / "pytorch_model.bin")
+            if not (part / "generation_config.json").exists():    # a tokenizer's folder brings its own
+                (part / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+            save_torch_state_dict(weights, part, max_shard_size=FILE_BYTES)
+            for file in part.glob("*.safetensors"):
+                shutil.copymode(part / "config.json", file)    # they were their owner's only
             part.rename(folder)
         except Exception as error:    # of a full disk, each writer has its own
             raise OSError(f"{folder} could not be written ({error})") from None

@@ -173,14 +173,21 @@ def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_p
 
 
 def test_damaged_checkpoints(tmp_path, monkeypatch):
-    """Without the package safetensors weights are a pickle: what is missing, odd or damaged in it is refused,
-    and no code runs."""
+    """Large weights are in several files. What is missing, odd or damaged in a pickle of them is refused, and
+    no code runs."""
+    oracle("safetensors", "safetensors"), monkeypatch.setattr(hf, "FILE_BYTES", 30_000)
     model, path = tiny(tie_word_embeddings=True), tmp_path / "pytorch_model.bin"
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(Llama.from_pretrained(tmp_path)(some_tokens()), model(some_tokens()))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "safetensors.torch", None)  # import fails
-        model.save_pretrained(tmp_path)
+        refused(lambda: model.save_pretrained(tmp_path / "x"), "pip install safetensors")
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    weights, name = dict(model.named_parameters()), "model.norm.weight"
+    torch.save(weights, path)
     assert torch.equal(Llama.from_pretrained(tmp_path)(some_tokens()), model(some_tokens()))
-    weights, name = torch.load(path), "model.norm.weight"
     for changed, sentence in [
         ({}, 'Missing key.* "model.embed_tokens.weight"'),
         (weights | {name: torch.ones(3, 4)}, f"size mismatch for {name}"),

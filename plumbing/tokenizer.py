@@ -55,17 +55,22 @@ def both_ends(root, tokenizer):
     """The id that begins a document, or None, and those that end a text: a document ends with the first."""
     told, *configs = (json.loads(file.read_bytes()) if file.exists() else {}
                       for file in map(root.joinpath, CONFIGS))
+
+    def told_id(kind):
+        token = told.get(kind) or ""
+        return tokenizer.token_to_id(token if isinstance(token, str) else token["content"])
+
     one = tokenizer.encode("a")    # with what the tokenizer puts around it
-    begins = one.special_tokens_mask[0] and told.get("add_bos_token", True)
-    token, ends = told.get("eos_token") or "", []
-    ends.append(tokenizer.token_to_id(token if isinstance(token, str) else token["content"]))
+    begins = told.get("add_bos_token", one.special_tokens_mask[0])
+    bos = one.ids[0] if one.special_tokens_mask[0] else told_id("bos_token")
+    ends = [told_id("eos_token")]
     for config in configs:
         ids = config.get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     if not ends:
         raise ValueError("its files name no end-of-text, eos_token")
-    return one.ids[0] if begins else None, ends
+    return bos if begins else None, ends
 
 
 def read_folder(folder: str) -> dict:
