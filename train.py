@@ -39,8 +39,8 @@ from adam8bit import check
 from data import C4_URL, EndOfData, Stream, get_tokenizer
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
-from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, highest, holds_a_run, hosts,
-                            most_memory, read_checkpoint, save, seal, within, world)
+from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, highest, holds_a_run,
+                            hosts, most_memory, read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
 from plumbing.shards import tell
