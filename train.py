@@ -307,7 +307,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
     saved, streak = step if checkpoint else -1, 0  # step 0 is saved, too
-    accumulate, step_tokens = accumulation(args), args.total_batch_size * args.seq_len
+    accumulate, stripe = accumulation(args), (args.batch_size, RANK, world())
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 60)  # into a file it goes seldom
     brake.idle = False
@@ -332,22 +332,20 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                 break
             if step % args.save_every == 0 and not streak:
                 saved = save_now()  # not among skipped steps: the newest checkpoint is from before them
-            batches = brake.fetch(
-                lambda: [stream.batch(args.batch_size, RANK, world()) for _ in range(accumulate)])
+            batches = brake.fetch(lambda: [stream.batch(*stripe) for _ in range(accumulate)])
 
             begun = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step + 1, args, group["peak_lr"])
-            loss = training_step(model, opt, iter(batches), accumulate)
-            average(loss)
+            loss = average(training_step(model, opt, iter(batches), accumulate))
             step += 1
-
             # Here, and only here, the host waits for the device.
             loss, norm, bad = torch.stack([x.float() for x in (loss, opt.norm, opt.skipped)]).tolist()
             streak, skipped = streak + 1 if bad > skipped else 0, int(bad)
+            rate = args.total_batch_size * args.seq_len / (time.perf_counter() - begun)
             line = dict(step=step, tokens=stream.seen, loss=loss, lr=learning_rate(step, args, args.lr),
-                        grad_norm=norm, tokens_per_s=round(step_tokens / (time.perf_counter() - begun)),
-                        memory_gb=round(most_memory() / 1e9, 3), skipped=skipped)
+                        grad_norm=norm, tokens_per_s=round(rate), skipped=skipped,
+                        memory_gb=round(most_memory() / 1e9, 3))
             log.write(line)
             bar.set_postfix_str("loss {loss:.3f}, {tokens_per_s:,} tokens/s, {memory_gb:.2f} GB, "
                                 "{skipped} skipped".format(**line), refresh=False)

@@ -159,6 +159,18 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
     assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
 
 
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
+    """Nor does a full disk behind standard error: neither lines nor the bar."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "Forgiving", lambda _: files.Forgiving(Gone()))
+    run(tmp_path, *FEW, "--data_dir", tokens)
+    assert (tmp_path / "run" / "checkpoint-00000008.pt").exists()
+
+
 def test_the_plan_is_printed(monkeypatch, tmp_path):
     """Kinds and, last, their sum. What does not fit, or cannot be simulated, is refused with the ways out."""
     words = f"{PLAN} --recompute 0 --total_batch_size 1".split()
