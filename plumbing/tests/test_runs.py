@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adam8bit  # noqa: E402
 import galore  # noqa: E402
