@@ -100,7 +100,7 @@ def dequantise(codes: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
 
 
 def scale_key(name: str) -> str:
-    """Where a state keeps the scale of `name`. Codes of V hold sqrt(V); beside "V_scale" they once held V."""
+    """Where a state keeps the scale of `name`. The key of V says that codes hold sqrt(V)."""
     return "V_root_scale" if name == "V" else f"{name}_scale"
 
 
@@ -159,7 +159,8 @@ class Stored(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for state that this optimiser would not have made; it stays as it is then."""
-        saved, groups = state_dict["state"], state_dict["param_groups"]
+        groups = state_dict["param_groups"]
+        saved = {i: dict(state) for i, state in state_dict["state"].items()}  # its own, if it is ours
         theirs = [(i, group) for group in groups for i in group["params"]]
         form = lambda x: (x.dtype, x.shape) if torch.is_tensor(x) else type(x)  # noqa: E731
         for (i, group), p in zip(theirs, self.group):

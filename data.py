@@ -167,9 +167,8 @@ class Stream:
         if state:
             names = [shard.name for shard in self.shards]
             if state["tokenizer"] != tokenizer.name or state["shard"] not in names:
-                raise ValueError(f"the checkpoint stands in shard {state['shard']} with tokenizer "
-                                 f"{state['tokenizer']}; this data with tokenizer {tokenizer.name} does not "
-                                 "have that")
+                raise ValueError(f"the checkpoint stands in shard {state['shard']}, of tokenizer "
+                                 f"{state['tokenizer']}, which {data} with {tokenizer.name} does not have")
             self._open(names.index(state["shard"]))
             if len(self.tokens) != state["shard_tokens"]:
                 raise ValueError(f"shard {state['shard']} has {len(self.tokens)} tokens, it had "

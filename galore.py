@@ -124,7 +124,7 @@ def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **
     stay = 1 - ok * (lr * decay)
     if "P" in state:
         P, lr = load(state, "P", N.dtype), lr * alpha
-        N = N.view(P.shape[1], -1)
+        N = N.view(P.shape[1], -1)  # it may have come in blocks of 256
         N = P @ N if len(W) < W.shape[1] else N.T @ P.T  # the second is its transpose
     move_(W, N, lr, stay, seed, scale)
 
@@ -137,8 +137,7 @@ class GaLoreAdamW(Stored):
 
     Group keys (galore-torch's, and two more):
         rank: r, below the short side of every matrix of the group; None for plain AdamW.
-        update_proj_gap: T, steps between refreshes of P. A change counts after the next step, whose refresh
-            is decided already.
+        update_proj_gap: T, steps between refreshes of P. A change takes effect one step late.
         scale: alpha.
         offset: P is due in the steps t = offset (mod T), so that groups can take turns.
         early_gap: P starts random. It is refreshed four times at the beginning, so many steps apart: at least
@@ -194,7 +193,7 @@ class GaLoreAdamW(Stored):
             check(self.leaf(p).dtype in (torch.float32, torch.bfloat16, torch.float16),
                   f"a parameter is {p.dtype}: convert the model to float32, bfloat16 or float16.")
             check(rank is None or p.ndim == 2 and 0 < rank < min(p.shape),
-                  f"rank {rank} must lie between 0 and the short side of a matrix: not {tuple(p.shape)}.")
+                  f"rank {rank} must be above 0 and below the short side of {tuple(p.shape)}.")
         self.turning = {p for p, group in self.group.items() if group["rank"] and self.due(group)}
 
     def due(self, group: dict) -> bool:
@@ -258,13 +257,13 @@ class GaLoreAdamW(Stored):
         state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
-        W, seen = p, state
+        W, viewed = p, state
         if direction is adam and R.numel() % BLOCK == 0 and R.is_contiguous() and p.is_contiguous():
             # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
-            R, seen = R.view(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
+            R, viewed = R.view(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
             W = p if "P" in state else p.view(-1, BLOCK)
         run = compiled if self.compile else lambda function: function
-        run(update_)(W, self.scales.get(p), R, seen, names, direction, torch.tensor(group["lr"]),
+        run(update_)(W, self.scales.get(p), R, viewed, names, direction, torch.tensor(group["lr"]),
                      group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
                      betas=group["betas"], eps=group["eps"], bias=bias,
                      dtype=self.leaf(p).dtype if "P" in state else torch.float32)
@@ -352,13 +351,13 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        block = re.search(r"\.(\d+)\.", name)
+        block = re.search(r"(?:^|\.)(\d+)\.", name)
         if block and p in linear and p.ndim == 2 and min(p.shape) > rank:
             blocks.setdefault(int(block[1]), []).append(p)
         else:
             rest.append(p)
             if block and p.ndim > 1:
-                left_out.add(f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {tuple(p.shape)}")
+                left_out.add(f"{re.sub(r'[0-9]+[.]', '*.', name, count=1)} {tuple(p.shape)}")
     check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
           "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
     if left_out:

@@ -62,7 +62,7 @@ def size(hidden: int, mlp: int, heads: int, layers: int, **more) -> dict:
 
 
 SIZES: dict[str, dict] = {    # Config(vocab_size=..., **SIZES[name])
-    "toy": size(192, 512, 4, 4),
+    "toy": size(256, 688, 4, 2),
     "60m": size(512, 1376, 8, 8),
     "130m": size(768, 2048, 12, 12),
     "350m": size(1024, 2736, 16, 24),

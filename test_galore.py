@@ -390,7 +390,7 @@ def weights_apart(a, b):
 
 def test_groups():
     """Matrices in blocks get the rank, or one warning names them. Each parameter has exactly one group."""
-    model = Llama(Config(vocab_size=320, **SIZES["toy"]))
+    model = Llama(Config(vocab_size=320, **SIZES["toy"] | dict(num_hidden_layers=4)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # embedding, head, norms and biases are not named
         groups = param_groups(model, 16, update_proj_gap=200)
@@ -406,6 +406,7 @@ def test_groups():
         assert model.layers[3].up.weight in {*param_groups(model, 8)[-2]["params"]}
     refused(lambda: param_groups(Net(), 64), "wider than rank 64")
     refused(lambda: param_groups(Net().requires_grad_(False), 8), "unfreeze")
+    assert len(param_groups(nn.Sequential(nn.Linear(24, 40)), 8)) == 2  # a block at the root
     weights = {p for group in param_groups(Net(conv1d), 8)[:-1] for p in group["params"]}
     assert len(weights) == 9
 
@@ -474,6 +475,15 @@ def test_loading_holds_no_state_twice(monkeypatch):
     monkeypatch.setattr(GaLoreAdamW, "place", placed)
     opt.load_state_dict(saved)
     assert len(old) > 10 and all(module.galore is opt.state[module.weight] for module in opt.modules)
+
+
+def test_loading_its_own_state_changes_nothing():
+    """state_dict() shares the tensors; a roll-back within a session gets all of them back."""
+    _, opt = trained("thin", 3)
+    before = copy.deepcopy(opt.state_dict()["state"])
+    opt.load_state_dict(opt.state_dict())
+    for i, state in opt.state_dict()["state"].items():
+        assert before[i].pop("t") == state["t"] and all(torch.equal(state[k], x) for k, x in before[i].items())
 
 
 @pytest.mark.parametrize("optimiser, options, remove, word", [
@@ -1287,7 +1297,7 @@ def documented(tmp_path_factory, tokens):
 def test_the_documented_command_learns(documented):
     """It says what it does, learns, samples, and leaves log and checkpoint."""
     folder, output = documented
-    for word in ("galore-r64", "1,894,080 parameters", "24/24 [", "bits per byte", "sample:\ndef "):
+    for word in ("galore-r64", "1,746,176 parameters", "24/24 [", "bits per byte", "sample:\ndef "):
         assert word in output
     first, *lines = log_of(folder)
     steps, scores = [line for line in lines if "loss" in line], lines[-1]
@@ -1321,7 +1331,7 @@ WRONG = {
     "--rank 8": "--rank has no effect without --galore",
     "--galore --exact --direction muon": "drop --direction",
     "--size 7b --galore": "on a CPU this would take about 271 years",
-    "--galore --rank 192": "--rank 192 is not below 192",
+    "--galore --rank 256": "--rank 256 is not below 256",
     "--lr nan": "--lr: nan must lie between",
     "--total_batch_size 9 --batch_size 2": "9 is no multiple of --batch_size 2",
     "--vocab_size 100": "smaller than that of --tokenizer bytes, 257: change one of them",
@@ -1418,6 +1428,24 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, stopped, monk
     assert same_run(tmp_path / "run", calm)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_stopped_in_a_skipped_step(fits, monkeypatch, tmp_path, few):
+    """What was learnt before is saved. If the disk does not take it, the exit code is 1."""
+
+    def poisoned(model, opt, batches, accumulate):
+        os.kill(os.getpid(), signal.SIGTERM)
+        ((x, y),) = batches
+        (model(x, y) * math.nan).backward()
+        opt.step()
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(train, "training_step", poisoned)
+    if not fits:
+        monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    output = run(tmp_path, *few, expect=0 if fits else 1)
+    assert f"go on from the checkpoint of step {1 if fits else -1}" in output
+
+
 def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, few):
     """A few are skipped, counted and logged. More than 20 in a row end it; the checkpoint is of before."""
     step, bad = train.training_step, iter([i in {3, *range(9, 99)} for i in range(1, 99)])
@@ -1454,11 +1482,11 @@ def test_recipes(monkeypatch, capsys):
     for words, expected in {
         "--size 7b --galore": dict(lr=0.005, rank=1024, update_proj_gap=500, state_bits=8, steps=150_000),
         "--size 1b --galore --direction muon": dict(lr=0.02, rank=512, layerwise=True),
-        "--size toy --exact --galore": dict(lr=0.005, layerwise=False, tokenizer="bytes", warmup_steps=110),
-        "--size new --galore": dict(lr=0.01, rank=48, update_proj_gap=200, total_batch_size=512),
+        "--size toy --exact --galore": dict(lr=0.005, layerwise=False, tokenizer="bytes", warmup_steps=74),
+        "--size new --galore": dict(lr=0.01, rank=64, update_proj_gap=200, total_batch_size=512),
     }.items():
         words = [*words.split(), "--vocab_size", "320"]
-        assert expected.items() <= vars(train.settle(words)[0]).items()
+        assert expected.items() <= (vars(train.settle(words)[0]) | dict(automatic=None)).items()
         assert train.settle([*words, "--lr", "3"])[0].lr == 3
         with pytest.raises(SystemExit):
             train.settle([*words, "--help"])

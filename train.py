@@ -53,8 +53,8 @@ PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, ste
              update_proj_gap=200, galore_scale=0.25, state_bits=32, offload=False, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
-    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=4, steps=1100, rank=128,
-                update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.02, 0.001)),
+    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=8, steps=740, rank=128,
+                update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.03, 0.001)),
     "60m": dict(rank=128),
     "130m": dict(steps=20_000, rank=256),
     "350m": dict(steps=60_000, rank=256),
@@ -69,7 +69,8 @@ RECIPES = {
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume
-PER_START = ("resume", "out_dir", "plan", "device")  # not taken over from a checkpoint
+PER_START = ("resume", "out_dir", "plan", "device", "automatic")  # not taken over from a checkpoint
+AUTOMATIC = ("batch_size", "recompute", "compile")  # chosen anew at each start, unless typed
 
 
 # ----- the command line -------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def defaults(said: argparse.Namespace) -> dict:
         data_url=C4_URL, keep_shards=0, galore=False, direction="adam", exact=False, layerwise=not said.exact,
         lr=(muon if said.direction == "muon" else adam) if said.galore else full, weight_decay=0.0,
         offload=bool(recipe["offload"] and said.galore), warmup_steps=steps // 10, min_lr_ratio=0.1,
-        grad_clipping=0.0, compile=gpu, seed=0, keep=1,
+        grad_clipping=0.0, compile=gpu or said.plan, seed=0, keep=1,
         eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000),
         sample="def " if data == "python" else "The")
 
@@ -161,17 +162,17 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     or ValueError for what cannot be honoured."""
     parser, checkpoint, run = arguments(), None, {}
     typed, _ = parser.parse_known_args(words)
-    check(typed.init != "", "--init is empty")
+    empty = [name for name, value in vars(typed).items() if value == ""]
+    check(not empty, f"no value for --{', --'.join(empty)}")
     if typed.resume:
         check(typed.out_dir, "--resume needs --out_dir, the folder of the run")
         checkpoint = read_checkpoint(Path(typed.out_dir))
         run = checkpoint["args"]
-    old = {k: v for k, v in run.items() if k in typed}
+    old = {k: v for k, v in run.items() if k in typed and v is not None}
     parser.set_defaults(**defaults(argparse.Namespace(**vars(typed) | old)) | old)
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     args = parser.parse_args(words)
-    if not typed.batch_size and args.batch_size and args.total_batch_size % (args.batch_size * world()):
-        args.batch_size = None  # was for another total, or another number of processes
+    args.automatic = {k: getattr(typed, k) or old.get(k) for k in AUTOMATIC}
 
     for k in (k for k in FIXED if k in run):
         check(run[k] == getattr(args, k), f"{k} was {run[k]} and is {getattr(args, k)}: that cannot change "
@@ -265,7 +266,7 @@ def plan(args, config: Config, batch_size: int, run=peak):
         return model, prepare(model, these), accumulation(these)
 
     tokens = batch_size, args.seq_len
-    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens)
+    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens, args.compile)
 
 
 def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
@@ -306,7 +307,8 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
     past = checkpoint or dict(step=0, skipped=0, scores={})
     step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
-    saved, streak = step if checkpoint else -1, 0  # step 0 is saved, too
+    saved, streak, ended = step if checkpoint else -1, 0, None
+    save_at = args.save_every * (saved // args.save_every + 1)  # step 0 is saved, too
     accumulate, stripe = accumulation(args), (args.batch_size, RANK, world())
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 60)  # into a file it goes seldom
@@ -319,7 +321,7 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             args=kept(args))
         return step if done else saved
 
-    try:
+    with suppress(Stop):
         while True:
             position = stream.state_dict()
             if step == args.steps or step % args.eval_every == 0 and (step or args.init):
@@ -329,9 +331,10 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
                     tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
                          "{bits_per_byte:.4f} bits per byte".format(**scores))
             if step == args.steps:
+                ended = scores
                 break
-            if step % args.save_every == 0 and not streak:
-                saved = save_now()  # not among skipped steps: the newest checkpoint is from before them
+            if step >= save_at and not streak:  # not among skipped steps: the newest one is from before them
+                saved, save_at = save_now(), step + args.save_every - step % args.save_every
             batches = brake.fetch(lambda: [stream.batch(*stripe) for _ in range(accumulate)])
 
             begun = time.perf_counter()
@@ -353,19 +356,19 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             if streak > 20:
                 brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
                 raise Stop
-    except Stop:
-        bar.close()
-        saved = saved if streak else save_now()
-        return tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
-                    f"python train.py --resume --out_dir {args.out_dir}")
     bar.close()
-    if save_now() < step:
+    saved = saved if streak > 20 else save_now()
+    if saved < step and not brake.problem:
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
-    return scores
+    if not ended:
+        tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
+             f"python train.py --resume --out_dir {args.out_dir}")
+    return ended
 
 
 def kept(args: argparse.Namespace) -> dict:
-    return {k: v for k, v in vars(args).items() if k not in PER_START}
+    """What goes into a checkpoint. What was chosen for this machine does not."""
+    return {k: v for k, v in vars(args).items() if k not in PER_START} | args.automatic
 
 
 def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> tuple:
@@ -401,11 +404,6 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
 
     torch.manual_seed(args.seed)
     model = model or Llama(config, start, dtype)
-    try:
-        args.compile and torch.compile(torch.sin)(torch.ones(64, device=args.device))
-    except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
-        args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
-        tell(f"torch.compile does not work here, so nothing is compiled: slower, with more memory ({why})")
     opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), past["log_lines"])
     keep_files(tokenizer, own)
     if log.lines == 0 or kept(args) != past["args"]:
@@ -440,6 +438,11 @@ def main() -> None:
             if args.device == "cuda":
                 torch.cuda.set_device(LOCAL_RANK)
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        try:
+            args.compile and not args.plan and torch.compile(torch.sin)(torch.ones(64, device=args.device))
+        except Exception as error:  # no triton, no C++ compiler, too old a GPU: each has a type of its own
+            args.compile, why = False, f"{type(error).__name__}: {error}".split("\n")[0]
+            tell(f"torch.compile does not work here: slower, and with more memory ({why})")
         fit(args, config, plan)
         if args.plan:
             return

@@ -33,7 +33,7 @@ from galore import GaLoreAdamW, param_groups
 from thin import thin
 
 DIRECTIONS, TENTHS = ("adam", "muon"), 10
-ADAM, MUON, _ = train.RECIPES["toy"]["lr"]
+ADAM, MUON = 0.005, 0.02
 
 
 def in_bf16(W, N, lr, stay, seed, scale):

@@ -70,11 +70,11 @@ def settled(options: str) -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
-def whole(build, step, blocks: int, gap: int, tokens: tuple[int, int]):
+def whole(build, step, blocks: int, gap: int, tokens: tuple[int, int], compiled: bool):
     """In the place of plumbing.memory.peak: all blocks."""
 
     def fullest(recompute: int) -> dict[str, float]:
-        parts = simulate(build, step, (recompute, blocks - recompute), max(2, -(-blocks // gap)), tokens)
+        parts = simulate(build, step, (recompute, blocks - recompute), max(2, -(-blocks // gap)), tokens, compiled)
         return max(parts.values(), key=lambda table: sum(table.values()))
 
     return fullest

@@ -34,12 +34,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import Stream, get_tokenizer  # noqa: E402
-from model import SIZES, Config, Llama  # noqa: E402
+from model import SIZES, Config, Llama, size  # noqa: E402
 import plot  # noqa: E402
 import speed  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
-SETTING = dict(size="toy", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=200, warmup_steps=20, min_lr_ratio=0.1,
+SIZES["small"] = size(192, 512, 4, 4)  # the toy of train.py when these results were made
+SETTING = dict(size="small", data="python", tokenizer="bytes", seq_len=128, total_batch_size=16, steps=200, warmup_steps=20, min_lr_ratio=0.1,
                eval_tokens=65_536, dtype="float32", rank=48, T=50, alpha=0.25)  # fmt: skip
 QUICK = dict(total_batch_size=4, seq_len=32, steps=6, warmup_steps=1, eval_tokens=256, rank=8, T=2, hidden=32, layers=2)
 

@@ -217,21 +217,18 @@ class Forgiving:
     """Standard error. A terminal that is gone, or a full disk behind it, ends nothing."""
 
     def __init__(self, file):
-        self.file = file
+        self.file = file or open(os.devnull, "w")
 
     def write(self, text: str) -> None:
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             self.file.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             self.file.flush()
 
-    def isatty(self) -> bool:
-        return self.file is not None and self.file.isatty()
-
-    def fileno(self) -> int:
-        return self.file.fileno()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 def within(least, most=1e38):

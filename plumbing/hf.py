@@ -54,7 +54,7 @@ def read_config(folder: str | os.PathLike) -> Config:
             if raw.get(key, value) != value:
                 raise ValueError(f"{key} is {raw[key]!r}, but this model implements only {value!r}.")
         return Config(**{f.name: raw[f.name] for f in fields(Config) if raw.get(f.name) is not None})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe a LLaMA that can be used here: {error}") from None
 
 
@@ -111,8 +111,9 @@ def assemble(cls, config, weights, folder):
 
 def wide(stored):
     """A state_dict's weights, with int8 codes multiplied by the scale of their row, in the head's dtype."""
-    return {name: (w * stored[name + "_scale"]).to(stored[HEAD].dtype) if name + "_scale" in stored else w
-            for name, w in stored.items() if not name.endswith("_scale")}
+    scales = {name + "_scale" for name in stored} & stored.keys()
+    return {name: (w * stored[name + "_scale"]).to(stored[HEAD].dtype) if name + "_scale" in scales else w
+            for name, w in stored.items() if name not in scales}
 
 
 def empty(folder):

@@ -11,6 +11,7 @@ from a whole chunk of the loss and three micro-batches on. Otherwise it is no mo
 
 Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes about this.
 """
+from contextlib import ExitStack
 from functools import cache, partial
 from unittest import mock
 
@@ -56,12 +57,14 @@ def nothing(*args, **more):
 COMPILED = dict(load=load, advance_=advance_, store=nothing, move_=nothing)
 
 
-def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, int]) -> dict[tuple, dict]:
+def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, int],
+             compiled: bool) -> dict[tuple, dict]:  # fmt: skip
     """GB by kind at the fullest moment of each part of a step: a forward pass, a backward pass, opt.step().
 
     build(*blocks): a model on "meta" of blocks that recompute and that keep, its optimiser, and how many
     micro-batches a step has; step(model, opt, batches, micro_batches): takes it; due: how many blocks are
-    refreshed, one of them the last, whose backward pass comes first; tokens: sequences, tokens of each.
+    refreshed, one of them the last, whose backward pass comes first; tokens: sequences, tokens of each;
+    compiled: is the update?
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
@@ -77,10 +80,13 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
         _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = nothing
 
     tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
-    with (mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
+    with (ExitStack() as stack,
+          mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
           mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
-          mock.patch("thin.dequantise", dequantise), mock.patch.multiple("galore", **COMPILED),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
+        if compiled:
+            stack.enter_context(mock.patch("thin.dequantise", dequantise))
+            stack.enter_context(mock.patch.multiple("galore", **COMPILED))
         model, opt, micro_batches = build(*blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
         for i, group in enumerate(ranked):
@@ -120,12 +126,12 @@ def line(a: dict, *steps: tuple[dict, dict, float]) -> dict[str, float]:
     return {kind: a[kind] + sum(n * (c[kind] - b[kind]) for b, c, n in steps if n) for kind in a}
 
 
-def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int]):
+def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int], compiled: bool):
     """A function of how many blocks recompute, to GB by kind at the fullest moment of a step. Each block is
     due once in `gap` steps; early on, two."""
     due = max(2, -(-blocks // gap))
     few = min(due, blocks)
-    parts = cache(lambda *these: simulate(build, step, these, due, tokens))
+    parts = cache(lambda *these: simulate(build, step, these, due, tokens, compiled))
 
     def fullest(recompute: int) -> dict[str, float]:
         keep, tables = blocks - recompute, []
@@ -171,6 +177,9 @@ def fit(args, config: Config, plan) -> None:
     plan(args, config, batch_size): a function of the blocks that recompute, to GB by kind of a step. Raises
     ValueError if the run does not fit, or no step can be simulated; where both are given nothing is."""
     gpu, blocks = args.device == "cuda", config.num_hidden_layers
+    if args.exact and (args.plan or gpu and None in (args.batch_size, args.recompute)):
+        raise ValueError("--exact takes an SVD, which cannot be simulated: do without --plan, and on a GPU "
+                         "give --batch_size and --recompute")
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
     sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
     sizes = [args.batch_size] if args.batch_size else sizes

@@ -124,9 +124,10 @@ def copy_files(source, folder):
 
 def keep_files(tokenizer, folder: Path) -> None:
     """Keeps a copy of a folder's tokenizer in a run's `folder`: the run goes on when that folder is gone."""
-    if os.environ.get("RANK", "0") == "0" and "hf-" in tokenizer.name and Path(tokenizer.source) != folder:
+    if os.environ.get("RANK", "0") == "0" and Path(tokenizer.source).resolve() != folder.resolve():
         shutil.rmtree(folder, ignore_errors=True)    # of a start that went no further
-        copy_files(tokenizer.source, folder)
+        if "hf-" in tokenizer.name:
+            copy_files(tokenizer.source, folder)
 
 
 def write_folder(tokenizer, folder: Path) -> None:

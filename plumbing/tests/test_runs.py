@@ -132,9 +132,10 @@ PLAN = "--size toy --galore --rank 64 --vocab_size 4096 --tokenizer bytes --dtyp
 @pytest.mark.parametrize("options", [
     "--batch_size 4 --total_batch_size 4 --recompute 0",
     "--batch_size 4 --total_batch_size 8 --recompute 2 --grad_clipping 1 --direction muon"])
-def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options):
+def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
     """MemTracker on real tensors of the whole model sees the peak that the plan has from few blocks, or one a
     little lower where only some recompute."""
+    monkeypatch.setitem(train.SIZES["toy"], "num_hidden_layers", 4)
     args, config, _ = train.settle(f"{PLAN} {options} --device cpu".split())
     train.fit(args, config, train.plan)
 
