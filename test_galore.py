@@ -1,7 +1,7 @@
 """
 Every claim that the files make, held against an oracle that was not written here, or an exact identity.
 
-    pip install -r requirements.txt pytest && pytest -q                      # five minutes on two cores
+    pip install -r requirements.txt pytest && pytest -q                      # three minutes on two cores
     pip install galore-torch transformers safetensors bitsandbytes    # the oracles; without them tests skip
 
 NANO_GALORE_DATA=DIR, a folder with c4/ (shards in C4's form) and tiktoken_cache/, adds a test on real text.
@@ -483,7 +483,8 @@ def test_loading_its_own_state_changes_nothing():
     before = copy.deepcopy(opt.state_dict()["state"])
     opt.load_state_dict(opt.state_dict())
     for i, state in opt.state_dict()["state"].items():
-        assert before[i].pop("t") == state["t"] and all(torch.equal(state[k], x) for k, x in before[i].items())
+        assert before[i].pop("t") == state["t"]
+        assert all(torch.equal(state[name], x) for name, x in before[i].items())
 
 
 @pytest.mark.parametrize("optimiser, options, remove, word", [
@@ -1426,54 +1427,6 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(where, name, stopped, monk
             "python train.py --resume --out_dir run") in output  # fmt: skip
     run(tmp_path, "--resume", "--out_dir", "run")
     assert same_run(tmp_path / "run", calm)
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_stopped_in_a_skipped_step(fits, monkeypatch, tmp_path, few):
-    """What was learnt before is saved. If the disk does not take it, the exit code is 1."""
-
-    def poisoned(model, opt, batches, accumulate):
-        os.kill(os.getpid(), signal.SIGTERM)
-        ((x, y),) = batches
-        (model(x, y) * math.nan).backward()
-        opt.step()
-        return torch.tensor(math.nan)
-
-    monkeypatch.setattr(train, "training_step", poisoned)
-    if not fits:
-        monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    output = run(tmp_path, *few, expect=0 if fits else 1)
-    assert f"go on from the checkpoint of step {1 if fits else -1}" in output
-
-
-def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, few):
-    """A few are skipped, counted and logged. More than 20 in a row end it; the checkpoint is of before."""
-    step, bad = train.training_step, iter([i in {3, *range(9, 99)} for i in range(1, 99)])
-
-    def poisoned(model, opt, batches, accumulate):
-        if not next(bad):
-            return step(model, opt, batches, accumulate)
-        ((x, y),) = batches
-        (model(x, y) * math.nan).backward()
-        opt.step()
-        return torch.tensor(math.nan)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "training_step", poisoned)
-        output = run(tmp_path, *few, *"--steps 60 --save_every 3 --eval_every 99".split(), expect=2)
-    assert output.endswith("of 21 steps in a row were not finite: try a lower --lr\n")
-    assert [file.name for file in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000006.pt"]
-    _, *steps = log_of(tmp_path / "run")  # JSON has no NaN
-    assert [line["skipped"] for line in steps] == [0, 0, *[1] * 6, *range(2, 23)]
-    assert [line["step"] for line in steps if line["loss"] is None] == [3, *range(9, 30)]
-    (tmp_path / "run" / "checkpoint-best.pt").write_bytes(b"mine")  # neither resumed from nor deleted
-    changes = "--steps 8 --lr 0.001 --total_batch_size 4 --batch_size 1 --update_proj_gap 3".split()
-    output = run(tmp_path, "--resume", "--out_dir", "run", *changes)
-    assert "lr 0.001, 6 steps" in output and "4 micro-batch(es) of 1 x 32" in output
-    last, lines = torch.load(newest(tmp_path / "run"), weights_only=True), log_of(tmp_path / "run")
-    assert last["optimizer"]["param_groups"][0]["update_proj_gap"] == 3
-    assert lines[-2]["skipped"] == 1  # of before
-    assert [line["tokens"] for line in lines if "loss" in line] == [64 * i for i in (1, 2, 3, 4, 5, 6, 8, 10)]
 
 
 def test_recipes(monkeypatch, capsys):

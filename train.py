@@ -336,7 +336,6 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
             if step >= save_at and not streak:  # not among skipped steps: the newest one is from before them
                 saved, save_at = save_now(), step + args.save_every - step % args.save_every
             batches = brake.fetch(lambda: [stream.batch(*stripe) for _ in range(accumulate)])
-
             begun = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step + 1, args, group["peak_lr"])

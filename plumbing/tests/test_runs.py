@@ -1,6 +1,9 @@
 """What a run needs and a reader does not: a full disk, a bad server, the memory plan."""
 
 import io
+import math
+import os
+import signal
 import sys
 import urllib.error
 from pathlib import Path
@@ -12,13 +15,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import adam8bit  # noqa: E402
-import galore  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
 from plumbing import files, memory, shards  # noqa: E402
-from test_galore import C4, FEW, c4_like, log_of, opened, refused, run, targets  # noqa: E402
-from test_galore import alone, tokens  # noqa: E402, F401
+from test_galore import C4, FEW, c4_like, log_of, newest, opened, refused, run, targets  # noqa: E402
+from test_galore import alone, few, tokens  # noqa: E402, F401
 
 def room(patch, there):
     """Checkpoints of the steps for which there(step) is false do not fit. Returns the steps tried so far."""
@@ -33,6 +34,54 @@ def room(patch, there):
 
     patch.setattr(torch, "save", instead)
     return tried
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_stopped_in_a_skipped_step(fits, monkeypatch, tmp_path, few):  # noqa: F811
+    """What was learnt before is saved. If the disk does not take it, the exit code is 1."""
+
+    def poisoned(model, opt, batches, accumulate):
+        os.kill(os.getpid(), signal.SIGTERM)
+        ((x, y),) = batches
+        (model(x, y) * math.nan).backward()
+        opt.step()
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(train, "training_step", poisoned)
+    if not fits:
+        monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    output = run(tmp_path, *few, expect=0 if fits else 1)
+    assert f"go on from the checkpoint of step {1 if fits else -1}" in output
+
+
+def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, few):  # noqa: F811
+    """A few are skipped, counted and logged. More than 20 in a row end it; the checkpoint is of before."""
+    step, bad = train.training_step, iter([i in {3, *range(9, 99)} for i in range(1, 99)])
+
+    def poisoned(model, opt, batches, accumulate):
+        if not next(bad):
+            return step(model, opt, batches, accumulate)
+        ((x, y),) = batches
+        (model(x, y) * math.nan).backward()
+        opt.step()
+        return torch.tensor(math.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", poisoned)
+        output = run(tmp_path, *few, *"--steps 60 --save_every 3 --eval_every 99".split(), expect=2)
+    assert output.endswith("of 21 steps in a row were not finite: try a lower --lr\n")
+    assert [file.name for file in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000006.pt"]
+    _, *steps = log_of(tmp_path / "run")  # JSON has no NaN
+    assert [line["skipped"] for line in steps] == [0, 0, *[1] * 6, *range(2, 23)]
+    assert [line["step"] for line in steps if line["loss"] is None] == [3, *range(9, 30)]
+    (tmp_path / "run" / "checkpoint-best.pt").write_bytes(b"mine")  # neither resumed from nor deleted
+    changes = "--steps 8 --lr 0.001 --total_batch_size 4 --batch_size 1 --update_proj_gap 3".split()
+    output = run(tmp_path, "--resume", "--out_dir", "run", *changes)
+    assert "lr 0.001, 6 steps" in output and "4 micro-batch(es) of 1 x 32" in output
+    last, lines = torch.load(newest(tmp_path / "run"), weights_only=True), log_of(tmp_path / "run")
+    assert last["optimizer"]["param_groups"][0]["update_proj_gap"] == 3
+    assert lines[-2]["skipped"] == 1  # of before
+    assert [line["tokens"] for line in lines if "loss" in line] == [64 * i for i in (1, 2, 3, 4, 5, 6, 8, 10)]
 
 
 def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
