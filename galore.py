@@ -33,7 +33,7 @@ from torch import Tensor, nn
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
 from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, store, zeros
 
-LARGE = 1 << 22  # values of a parameter whose state may live in host memory
+LARGE = 1 << 22  # with `offload`, state of at least so many values lives in host memory
 
 
 # ----- the subspace -----------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         else:
             rest.append(p)
             if block and p.ndim > 1:
-                left_out.add(f"{re.sub(r'[0-9]+[.]', '*.', name, count=1)} {tuple(p.shape)}")
+                left_out.add(f"{re.sub(r'(?<![^.])[0-9]+(?=[.])', '*', name)} {tuple(p.shape)}")
     check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
           "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
     if left_out:

@@ -172,7 +172,10 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     parser.set_defaults(**defaults(argparse.Namespace(**vars(typed) | old)) | old)
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     args = parser.parse_args(words)
-    args.automatic = {k: getattr(typed, k) or old.get(k) for k in AUTOMATIC}
+    said = old | {k: v for k, v in vars(typed).items() if v is not None}
+    args.automatic = {k: said.get(k) for k in AUTOMATIC}
+    if not typed.batch_size and args.batch_size and args.total_batch_size % (args.batch_size * world()):
+        args.batch_size = None  # was for another total, or another number of processes
 
     for k in (k for k in FIXED if k in run):
         check(run[k] == getattr(args, k), f"{k} was {run[k]} and is {getattr(args, k)}: that cannot change "

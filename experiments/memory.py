@@ -59,9 +59,10 @@ KINDS = ("weights", "state", "gradients", "activations", "temporaries")  # of th
 
 
 def settled(options: str) -> tuple[argparse.Namespace, Config]:
-    """What train.py makes of its options, on a CPU and in bf16 unless they say otherwise; what it refuses is refused here."""
+    """What train.py makes of its options, on a CPU, in bf16 and with a compiled update unless they say otherwise; what it refuses is refused here."""
     words = ["--device", "cpu", *options.split()]
     words += [] if "--dtype" in options else ["--dtype", "bfloat16"]
+    words += [] if "compile" in options else ["--compile"]  # as on a GPU
     try:
         args, config, _ = train.settle(words)
         train.fit(args, config, train.plan)

@@ -1,7 +1,8 @@
 """How much memory does a training step take? The step itself, run on tensors that have no memory.
 
 Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker
-sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. The
+sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. Only
+where the update is compiled, stand-ins make no more than that does: follow them when you change it. The
 step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
 blocks are due for a refresh as in the fullest step.
 

@@ -209,6 +209,24 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
     assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
 
 
+def test_a_compiled_update_makes_the_factors_of_its_products():
+    """Of opt.step() the plan has, to some scalars, R, Y, N, P and P N of the largest matrix."""
+    words = f"{PLAN} --recompute 0 --batch_size 1 --total_batch_size 1 --no-layerwise --compile --device cpu"
+    args, config, _ = train.settle(words.split())
+    table = train.plan(args, config, 1, run=lambda *those: memory.simulate(*those[:2], (0, 2), 2, *those[4:]))
+    (m, n), r = (config.hidden_size, config.intermediate_size), args.rank
+    made = 2 * (2 * r * n + 2 * m * r + m * n)  # bytes of bf16
+    assert made <= 1e9 * table[1, False, True]["temporaries"] < made + 100
+
+
+def test_what_is_chosen_for_one_machine_is_not_kept():
+    """A checkpoint has what was typed, also 0 and no, of the options that are else chosen at each start."""
+    args, config, _ = train.settle("--recompute 0 --no-compile".split())
+    train.fit(args, config, train.plan)
+    kept = train.kept(args)
+    assert args.batch_size and [kept[name] for name in train.AUTOMATIC] == [None, 0, False]
+
+
 def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
     """Nor does a full disk behind standard error: neither lines nor the bar."""
 
