@@ -316,6 +316,18 @@ def test_rounding_of_bf16_weights(kind):
     assert shrunk == 1 if kind is Exact else abs(shrunk - 0.999**100) < 1e-3
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_how_a_weight_lies_in_memory_changes_nothing(rank, bits, monkeypatch):
+    """One whose columns are contiguous, and so is not seen in blocks of 256, takes the same steps."""
+    monkeypatch.setattr(adam8bit, "SMALLEST", 256)
+    (p,), (q,) = parameters((32, 64)), parameters((32, 64))
+    q = nn.Parameter(q.detach().T.contiguous().T)
+    walk([GaLoreAdamW([dict(params=[x], rank=rank, update_proj_gap=3)], lr=0.01, eps=EPS, state_bits=bits)
+          for x in (p, q)], [[p], [q]], 9)  # fmt: skip
+    assert not q.is_contiguous() and apart([p], [q]) < 1e-5 < 1e-2 < apart([p], parameters((32, 64)))
+
+
 @pytest.mark.parametrize("group, options, word", [
     *[(dict(rank=rank), {}, f"rank {rank}") for rank in (0, 16)],
     (dict(params=parameters((16,))), {}, "rank 4"),

@@ -96,19 +96,19 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
         states = [opt.init(p) for p in opt.group]
         far = [x for p in opt.group if opt.far(p) for x in opt.state[p].values() if torch.is_tensor(x)]
         opt.arm()
-        leaves = [*opt.group, *map(opt.leaf, opt.group)]
 
-        def gradients(*_):
-            for grad in (leaf.grad for leaf in leaves if leaf.grad is not None):
-                tracker._update_and_maybe_create_winfos(grad, _MemRefType.GRAD)
+        def gradient(leaf):
+            if leaf.grad is not None:  # else its weight has moved already
+                tracker._update_and_maybe_create_winfos(leaf.grad, _MemRefType.GRAD)
+
+        for leaf in map(opt.leaf, opt.group):
+            leaf.register_post_accumulate_grad_hook(gradient)
 
         def batches():
             while True:
-                gradients()
                 tracker.micro_batch += 1
                 yield (torch.zeros(tokens, dtype=torch.long, device=device),) * 2
 
-        opt.register_step_pre_hook(gradients)
         tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
         with tracker:
             step(model, opt, batches(), micro_batches)
