@@ -1472,7 +1472,7 @@ def test_learning_rates_and_decay(monkeypatch, tmp_path, few):
         groups = torch.load(newest(tmp_path / "run"), weights_only=True)["optimizer"]["param_groups"]
         found = {(group["lr"], group["rank"], group["weight_decay"]) for group in groups}
         assert found == {(0.02, 16, 0.1), (0.001, None, 0.1), (0.001, None, 0.0)}
-        assert sum(group["weight_decay"] == 0 for group in groups) == 4 * 2 + 1  # norms
+        assert sum(group["weight_decay"] == 0 for group in groups) == 2 * 2 + 1  # norms
     assert [line["lr"] for line in log_of(tmp_path / "run") if "loss" in line] == [0.0005, *[0.001] * 3]
 
 
