@@ -24,6 +24,7 @@ import time
 import warnings
 import weakref
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache, partial
 from itertools import islice
@@ -60,6 +61,13 @@ EPS = 1e-6  # where two ways of computing G are compared: rounding moves a G of 
 
 def oracle(name: str, pip: str):
     return pytest.importorskip(name, reason=f"the oracle {pip} is not installed: pip install {pip}")
+
+
+def hf_folder(model, folder):
+    """A folder of Hugging Face's form whose weights are a pickle: writing and reading it needs no package."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(model.config) | dict(model_type="llama")))
+    torch.save(dict(model.named_parameters()), folder / "pytorch_model.bin")
 
 
 # ----- adam8bit.py ------------------------------------------------------------------------------------------
@@ -884,6 +892,7 @@ def test_a_run_in_int8(tmp_path, tokens):
     run(tmp_path, "--resume", "--out_dir", "a", "--steps", 3)
     made = read_checkpoint(folder)["model"]
     assert not torch.equal(held, made[name])
+    oracle("safetensors", "safetensors"), oracle("huggingface_hub", "huggingface_hub")
     run(tmp_path, "a", "--export", "hf", program=sample)
     theirs = Llama.from_pretrained(tmp_path / "hf").state_dict()
     assert torch.equal(theirs[name], made[name] * made[name + "_scale"])
@@ -1480,7 +1489,7 @@ def test_init_continues_from_a_hugging_face_folder(tmp_path, tokens):
     """The first loss is the saved weights', and they are validated before."""
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     start = Llama(Config(vocab_size=320, num_key_value_heads=2, **shape))
-    start.save_pretrained(tmp_path / "hf")
+    hf_folder(start, tmp_path / "hf")
     options = ("--data python --galore --rank 8 --steps 1 --total_batch_size 4 --seq_len 64 --eval_tokens 64 "
                "--device cpu --out_dir run --tokenizer bytes --init hf --data_dir").split()
     run(tmp_path, *options, tokens)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from plumbing import hf, sample, shards  # noqa: E402
-from test_galore import TINY, Evil, oracle, refused, run, some_tokens, texts, tiny  # noqa: E402
+from test_galore import TINY, Evil, hf_folder, oracle, refused, run, some_tokens, texts, tiny  # noqa: E402
 
 
 def hf_tokenizer(family, folder):
@@ -149,7 +149,7 @@ def test_interrupted_text_ends_well(monkeypatch, tmp_path):
         yield from torch.tensor([0xC3, 0xA9, 0xC3])  # an é, and half of one
         signal.raise_signal(signal.SIGINT)
 
-    tiny(vocab_size=320).save_pretrained(tmp_path / "hf")
+    hf_folder(tiny(vocab_size=320), tmp_path / "hf")
     monkeypatch.setattr(Llama, "stream", three)
     shown = run(tmp_path, *"hf --tokenizer bytes --prompt x".split(), program=sample)
     assert shown.startswith("xé\N{REPLACEMENT CHARACTER}\n3 tokens, ")
@@ -167,7 +167,7 @@ def change(path, **fields):
 ])  # fmt: skip
 def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_path):
     """A config.json whose model is not this one gives a sentence that names the field and its value."""
-    tiny().save_pretrained(tmp_path)
+    hf_folder(tiny(), tmp_path)
     change(tmp_path / "config.json", **{"head_dim": None, field: value})
     refused(lambda: Llama.from_pretrained(tmp_path), sentence)
 
@@ -175,7 +175,8 @@ def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_p
 def test_damaged_checkpoints(tmp_path, monkeypatch):
     """Large weights are in several files. What is missing, odd or damaged in a pickle of them is refused, and
     no code runs."""
-    oracle("safetensors", "safetensors"), monkeypatch.setattr(hf, "FILE_BYTES", 30_000)
+    oracle("safetensors", "safetensors"), oracle("huggingface_hub", "huggingface_hub")
+    monkeypatch.setattr(hf, "FILE_BYTES", 30_000)
     model, path = tiny(tie_word_embeddings=True), tmp_path / "pytorch_model.bin"
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -185,8 +186,8 @@ def test_damaged_checkpoints(tmp_path, monkeypatch):
         refused(lambda: model.save_pretrained(tmp_path / "x"), "pip install safetensors")
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    weights, name = dict(model.named_parameters()), "model.norm.weight"
-    torch.save(weights, path)
+    hf_folder(model, tmp_path)
+    weights, name = torch.load(path), "model.norm.weight"
     assert torch.equal(Llama.from_pretrained(tmp_path)(some_tokens()), model(some_tokens()))
     for changed, sentence in [
         ({}, 'Missing key.* "model.embed_tokens.weight"'),
