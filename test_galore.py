@@ -591,34 +591,20 @@ def test_no_full_gradient_is_ever_made(monkeypatch):
             trained(way, 3, model=model, opt=opt, start=5)  # steps 6 and 8 are due for two blocks, 7 for one
 
 
-def test_where_the_input_is_projected_it_is_not_kept():
-    """Of x the backward pass finds x P alone, r values per token, but in a step in which P is due."""
-    layer, x, kept = nn.Linear(24, 40, bias=False), torch.randn(7, 24, requires_grad=True), []
-    opt = GaLoreAdamW([dict(params=[layer.weight], rank=4)])
-    thin(layer, opt)
-    for due in (False, True):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-            y = layer(x)
-        assert (x.data_ptr() in kept) == due == (layer.weight in opt.turning)
-        y.sum().backward()
-        opt.step()
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_counted_flops_of_a_thin_block(checkpointed):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_counted_flops_of_a_thin_block(recompute):
     """2 r (m + n) operations a token for each R. Checkpointing repeats all products but the last."""
     shape = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2)
     model, tokens, r = Llama(Config(vocab_size=64, **shape)), 3 * 16, 8
     opt = GaLoreAdamW(param_groups(model, r))
-    thin(model, opt, 1, model.model.layers if checkpointed else ())
+    thin(model, opt)
     block, x = model.model.layers[0], torch.randn(3, 16, 32, requires_grad=True)
     shapes = [p.shape for p in block.parameters() if p.ndim == 2]
     with FlopCounterMode(display=False) as counter:
-        block(x, *model_file.rope(0, 16, model.config, x.device), None, checkpointed).sum().backward()
+        block(x, *model_file.rope(0, 16, model.config, x.device), None, recompute).sum().backward()
     values, products = sum(m * n for m, n in shapes), 2 * tokens * sum(m * n for m, n in shapes)
     expected = 2 * products + 2 * tokens * r * sum(m + n for m, n in shapes) + 2 * r * values
-    expected += (products - 2 * tokens * 32 * 80) if checkpointed else 0
+    expected += (products - 2 * tokens * 32 * 80) if recompute else 0
     counts = counter.flop_counts["Global"].items()
     assert sum(n for op, n in counts if "attention" not in str(op)) == expected
 
@@ -723,7 +709,7 @@ def test_updates_compile(monkeypatch):
     nothing."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
     torch._dynamo.reset()
-    compiler = partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiler = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(galore, "compiled", cache(compiler))
     ends = []
     for compile in (False, True):
@@ -734,14 +720,14 @@ def test_updates_compile(monkeypatch):
 
 
 def test_a_training_step_has_two_graphs():
-    """Compiled blocks: four graphs, P due or not, checkpointed or not, and the losses of the plain model."""
+    """Compiled blocks: four graphs, P due or not, recomputed or not, and the losses of the plain model."""
     counters, losses, x = torch._dynamo.utils.counters, {}, some_tokens(2, 33)
     for compile in (False, True):
         torch._dynamo.reset(), counters.clear()
         model = tiny()
         opt = GaLoreAdamW(param_groups(model, 4, 7), lr=3e-3, eps=EPS, state_bits=8)
         model.recompute = compile
-        thin(model, opt, 2, checkpointed=model.model.layers[:compile])
+        thin(model, opt, 2)
         for layer in model.model.layers if compile else ():
             layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
         batches = iter([(x[:, :-1], x[:, 1:])] * 8)
@@ -885,7 +871,7 @@ def test_a_run_in_int8(tmp_path, tokens):
         said = run(tmp_path, "--weight_bits", 8, *words.split(), expect=2)
         assert "--weight_bits 8 needs --galore" in said and len(said.splitlines()) == 2
     few = [*FEW, "--weight_bits", 8, "--data_dir", tokens, "--out_dir", "a"]
-    run(tmp_path, *few, "--steps", 2, "--sample", "x")
+    run(tmp_path, *few, "--steps", 2)
     name, folder = "model.layers.0.mlp.up_proj.weight", tmp_path / "a"
     held = read_checkpoint(folder)["model"][name].clone()
     assert held.dtype == torch.int8 and held.abs().max() == 127
@@ -1361,7 +1347,6 @@ WRONG = {
     "--data c4 --tokenizer bytes --data_url x": "needs a {}",
     "--data c4 --tokenizer bytes --keep_shards 1": "at least 2",
     "--tokenizer klingon": "no tokenizer 'klingon'",
-    "--sample " + os.fsdecode(b"\xff"): "can't encode character",
     "--resume --out_dir empty": "empty holds no checkpoint-STEP.pt",
     "--init nowhere": "does not exist: a Hugging Face checkpoint folder is needed",
 }

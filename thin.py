@@ -37,7 +37,6 @@ accumulation. Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -52,33 +51,26 @@ class ThinLinear(torch.autograd.Function):
     """The backward pass of y = x W', which stands beside it: dX, and R as the gradient of a proxy.
 
     Let A be the side of D and X that is projected, B the other: G = A'B, R = (A P)'B, Y' = (B M')'A.
-    Where the input is projected, A P = X P is known in the forward pass, and saved in place of X.
     """
 
     @staticmethod
-    def forward(ctx, x, proxy, checkpointed: bool, W, W_scale, P, P_scale, M, M_scale):
-        ctx.input_side, XP = len(W) >= W.shape[1], None
-        if ctx.input_side and not checkpointed:  # with checkpointing this forward pass saves nothing
-            XP = x.reshape(-1, x.shape[-1]) @ dequantise(P, P_scale, True).to(x.dtype)
-        x_or_none = x if XP is None or M is not None else None
-        ctx.save_for_backward(x_or_none, XP, W, W_scale, P, P_scale, M, M_scale)
+    def forward(ctx, x, proxy, W, W_scale, P, P_scale, M, M_scale):
+        ctx.save_for_backward(x, W, W_scale, P, P_scale, M, M_scale)
         return x.new_zeros(1).expand(*x.shape[:-1], len(W))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
-        x, XP, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
+        x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
         if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
             W_scale = W_scale + 1e-38 * D.reshape(-1, D.shape[-1])[:1, :1].sum()
         dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
-        D = D.reshape(-1, D.shape[-1])
-        X = None if x is None else x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
-        A, B = (X, D) if ctx.input_side else (D, X)
-        AP = A @ dequantise(P, P_scale, True).to(D.dtype) if XP is None else XP.to(D.dtype)
-        R = AP.T @ B
+        D, X = D.reshape(-1, D.shape[-1]), x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
+        A, B = (X, D) if len(W) >= W.shape[1] else (D, X)
+        R = (A @ dequantise(P, P_scale, True).to(D.dtype)).T @ B
         if M is not None:
             R = torch.cat([R, (B @ dequantise(M, M_scale, True).to(D.dtype).T).T @ A], 1)
-        return dX, R, *[None] * 7
+        return dX, R, *[None] * 6
 
 
 class ThinModule(nn.Linear):
@@ -92,7 +84,7 @@ class ThinModule(nn.Linear):
             return F.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
-        link = ThinLinear.apply(x, self.proxy, self.checkpointed, W, scale, *stored)
+        link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
         return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
@@ -155,17 +147,14 @@ class ThinUpdate:
         self.norms.clear()
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: Sequence[nn.Module] = (),
-         weight_bits: int | None = None, device: torch.device | str | None = None) -> None:  # fmt: skip
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: int | None = None,
+         device: torch.device | str | None = None) -> None:  # fmt: skip
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
     From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each
     weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected
     parameter that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So
     are biases and norms.
-
-    checkpointed: the blocks whose activations are computed again in the backward pass. Their layers save X,
-    not X P, which the forward pass would make in vain.
 
     weight_bits: 8 makes int8 of the layers' weights, None leaves them as they are. device: where the model
     goes then. Built on the CPU, it need not fit the device in 16 bits.
@@ -201,9 +190,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, checkpointed: 
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
         p.requires_grad_(False).data = codes
-    again = {module for block in checkpointed for module in block.modules()}
     for module in opt.modules:
-        module.__class__, module.checkpointed = ThinModule, module in again
+        module.__class__ = ThinModule
         module.register_buffer("weight_scale", opt.scales.get(module.weight))
     if device is not None:
         model.to(device)

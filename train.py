@@ -130,7 +130,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--keep", type=count, help="how many checkpoints stay, the newest")
     add("--out_dir", help="default: out/SIZE-METHOD, numbered if that is taken")
     add("--resume", action="store_true", help="go on with the run in --out_dir")
-    add("--sample", metavar="PROMPT", help="what the sample at the end begins with")
     add("--seed", type=within(0, 2**63 - 1), help="of weights and rounding")
     add("--device", choices=there, default=there[0], help="of those there are")
     add("--plan", action="store_true", help="print the memory that a step takes, and leave")
@@ -153,8 +152,7 @@ def defaults(said: argparse.Namespace) -> dict:
         lr=(muon if said.direction == "muon" else adam) if said.galore else full, weight_decay=0.0,
         offload=bool(recipe["offload"] and said.galore), warmup_steps=steps // 10, min_lr_ratio=0.1,
         grad_clipping=0.0, compile=gpu or said.plan, seed=0, keep=1,
-        eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000),
-        sample="def " if data == "python" else "The")
+        eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000))
 
 
 def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict | None]:
@@ -237,8 +235,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     for group in opt.param_groups:
         group["peak_lr"] = group["lr"]
     if args.layerwise:
-        thin(model, opt, accumulation(args), model.model.layers[: args.recompute], args.weight_bits,
-             args.device if args.weight_bits else None)
+        thin(model, opt, accumulation(args), args.weight_bits, args.device if args.weight_bits else None)
     if args.compile:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False)
@@ -389,7 +386,6 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
           "and --resume from the same checkpoint, in a folder that they share or a copy of it")
     own = Path(args.out_dir, "tokenizer")
     tokenizer = get_tokenizer(str(own) if checkpoint and own.exists() else args.tokenizer)
-    check(len(tokenizer.encode(args.sample)), "--sample is empty")  # encode raises now, not after the run
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
     if args.seq_len > config.max_position_embeddings:
@@ -422,8 +418,9 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
 
 
 def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
-    """Shows what was learnt: three texts that begin with --sample, of lengths that were seen in training."""
-    prompt = torch.tensor([tokenizer.document(args.sample).tolist()] * 3, device=args.device)
+    """Shows what was learnt: three texts of lengths that were seen in training."""
+    beginning = "def " if args.data == "python" else "The"
+    prompt = torch.tensor([tokenizer.document(beginning).tolist()] * 3, device=args.device)
     length = max(16, min(200, args.seq_len - prompt.size(1)))
     draw = torch.Generator(prompt.device).manual_seed(args.seed)
     texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)

@@ -180,7 +180,7 @@ PLAN = "--size toy --galore --rank 64 --vocab_size 4096 --tokenizer bytes --dtyp
 
 @pytest.mark.parametrize("options", [
     "--batch_size 4 --total_batch_size 4 --recompute 0",
-    "--batch_size 4 --total_batch_size 8 --recompute 2 --grad_clipping 1 --direction muon"])
+    "--batch_size 4 --total_batch_size 8 --recompute 2 --grad_clipping 1 --direction muon --state_bits 32"])
 def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
     """MemTracker on real tensors of the whole model sees the peak that the plan has from few blocks, or one a
     little lower where only some recompute."""
