@@ -218,14 +218,12 @@ class GaLoreAdamW(Stored):
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
         if not self.state[p]:
-            state = self.state[p] = self.empty(p, p.device)
+            state = self.state[p] = self.place(p, self.empty(p, p.device))
             if "P" in state:
                 seed = (self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B) % 2**32
                 random = torch.Generator(p.device).manual_seed(seed)
                 start = torch.randn(state["P"].shape, generator=random, device=p.device)
                 store(state, "P", orthonormal(start), ok=torch.tensor(True))
-            if self.far(p):
-                self.state[p] = self.place(p, state)
         return self.state[p]
 
     def leaf(self, p: Tensor) -> Tensor:
@@ -258,9 +256,9 @@ class GaLoreAdamW(Stored):
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
         W, viewed = p, state
-        if direction is adam and R.numel() % BLOCK == 0 and R.is_contiguous() and p.is_contiguous():
+        if direction is adam and R.numel() % BLOCK == 0 and p.is_contiguous():
             # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
-            R, viewed = R.view(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
+            R, viewed = R.reshape(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
             W = p if "P" in state else p.view(-1, BLOCK)
         run = compiled if self.compile else lambda function: function
         run(update_)(W, self.scales.get(p), R, viewed, names, direction, torch.tensor(group["lr"]),
@@ -357,7 +355,7 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
         else:
             rest.append(p)
             if block and p.ndim > 1:
-                left_out.add(f"{re.sub(r'(?<![^.])[0-9]+(?=[.])', '*', name)} {tuple(p.shape)}")
+                left_out.add(re.sub(r"\b[0-9]+\b", "*", name) + f" {tuple(p.shape)}")
     check(blocks, f"no linear layer in a numbered block (layers.0) is trainable and wider than rank {rank}: "
           "unfreeze some, lower the rank, or make groups by hand, with the key 'rank'.")
     if left_out:

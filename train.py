@@ -65,7 +65,7 @@ RECIPES = {
     "mobilellm-125m": dict(steps=20_000, rank=128),
     "mobilellm-350m": dict(steps=60_000, rank=256),
     "init": dict(seq_len=1024, total_batch_size=64, steps=1000, rank=128, eval_tokens=1_000_000,
-                 lr=(0.0002, 0.0002, 0.00005)),  # --init, whatever its shape; Muon's rate is not measured
+                 galore_scale=4.0, lr=(0.00003, 0.00003, 0.0001)),  # --init (Muon's is not measured)
 }
 FIXED = ("init", "size", "vocab_size", "tokenizer", "seq_len", "galore", "rank", "direction", "exact",
          "state_bits", "weight_bits", "dtype", "seed")  # cannot change on --resume

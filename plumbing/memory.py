@@ -2,8 +2,8 @@
 
 Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker
 sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. Only
-where the update is compiled, stand-ins make no more than that does: follow them when you change it. The
-step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
+where update and loss are compiled, stand-ins make no more than they do: follow them when you change these.
+The step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
 blocks are due for a refresh as in the fullest step.
 
 The peak of each part of a step is linear in the number of equal blocks, of those that keep their activations
@@ -34,8 +34,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-# Compiled code reads and writes moments and weights within its kernels. What it makes are the factors of its
-# products. These stand for what compiles to no more than a pass over memory.
+# Compiled code reads and writes moments, weights and logits within its kernels. What it makes are the factors
+# of its products. These stand for what compiles to no more than a pass over memory.
 
 def dequantise(codes, scale, signed):
     return codes if scale is None else codes.new_empty(codes.shape, dtype=torch.float32)
@@ -49,6 +49,10 @@ def advance_(state, names, direction, R, dtype, **more):
     if direction is adam:
         return R.new_empty(R.shape, dtype=dtype) if "P" in state else R
     return direction(R.float(), *(load(state, name) for name in names), dtype=dtype, **more)[0]
+
+
+def loss_of_chunk(z, targets, count, training):
+    return z.new_empty((), dtype=torch.float32), torch.empty_like(z) if training else None
 
 
 def nothing(*args, **more):
@@ -65,7 +69,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
     build(*blocks): a model on "meta" of blocks that recompute and that keep, its optimiser, and how many
     micro-batches a step has; step(model, opt, batches, micro_batches): takes it; due: how many blocks are
     refreshed, one of them the last, whose backward pass comes first; tokens: sequences, tokens of each;
-    compiled: is the update?
+    compiled: are update and loss?
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
@@ -87,6 +91,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
         if compiled:
             stack.enter_context(mock.patch("thin.dequantise", dequantise))
+            stack.enter_context(mock.patch("model.Llama.loss_of_chunk", staticmethod(loss_of_chunk)))
             stack.enter_context(mock.patch.multiple("galore", **COMPILED))
         model, opt, micro_batches = build(*blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]

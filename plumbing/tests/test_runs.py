@@ -210,13 +210,17 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
 
 
 def test_a_compiled_update_makes_the_factors_of_its_products():
-    """Of opt.step() the plan has, to some scalars, R, Y, N, P and P N of the largest matrix."""
+    """Of opt.step() the plan has, to some scalars, R, Y, N, P and P N of the largest matrix. What stands for
+    the loss returns what that does."""
     words = f"{PLAN} --recompute 0 --batch_size 1 --total_batch_size 1 --no-layerwise --compile --device cpu"
     args, config, _ = train.settle(words.split())
     table = train.plan(args, config, 1, run=lambda *those: memory.simulate(*those[:2], (0, 2), 2, *those[4:]))
     (m, n), r = (config.hidden_size, config.intermediate_size), args.rank
     made = 2 * (2 * r * n + 2 * m * r + m * n)  # bytes of bf16
     assert made <= 1e9 * table[1, False, True]["temporaries"] < made + 100
+    z, t = torch.randn(3, 7, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.long)
+    for stands, real in zip(memory.loss_of_chunk(z, t, 3, True), Llama.loss_of_chunk(z, t, 3, True)):
+        assert (stands.shape, stands.dtype) == (real.shape, real.dtype)
 
 
 def test_what_is_chosen_for_one_machine_is_not_kept():
