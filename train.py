@@ -419,12 +419,12 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
 
 def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     """Shows what was learnt: three texts of lengths that were seen in training."""
-    beginning = "def " if args.data == "python" else "The"
+    beginning = "\n\n\ndef " if args.data == "python" else "The"  # else it takes some def for a deep one
     prompt = torch.tensor([tokenizer.document(beginning).tolist()] * 3, device=args.device)
     length = max(16, min(200, args.seq_len - prompt.size(1)))
     draw = torch.Generator(prompt.device).manual_seed(args.seed)
-    texts = model.generate(prompt, length, temperature=0.5, top_k=50, generator=draw)
-    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()) for text in texts))
+    texts = model.generate(prompt, length, temperature=0.6, top_k=50, generator=draw)
+    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()).strip("\n") for text in texts))
     tell(f"more of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
 
