@@ -165,10 +165,10 @@ def hosts() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def highest(value: float) -> float:
-    """Of all processes. It goes from host to host: no GPU waits for it."""
+def over_all(value: float, how=dist.ReduceOp.MAX) -> float:
+    """The highest value of all processes, or their sum. It goes from host to host: no GPU waits for it."""
     if dist.is_initialized():
-        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX, group=hosts())
+        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), how, group=hosts())
     return float(value)
 
 
@@ -208,7 +208,7 @@ class Brake:
             self.problem = str(error)
         finally:
             self.idle = False
-        if highest(self.asked > 0 or self.problem != ""):
+        if over_all(self.asked > 0 or self.problem != ""):
             raise Stop
         return result
 
