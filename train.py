@@ -265,8 +265,8 @@ def plan(args, config: Config, batch_size: int, run=peak):
         model = Llama(replace(config, num_hidden_layers=recompute + keep), "meta", getattr(torch, args.dtype))
         return model, prepare(model, these), accumulation(these)
 
-    tokens = batch_size, args.seq_len
-    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens, args.compile)
+    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap,
+               (batch_size, args.seq_len), args.compile)
 
 
 def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
@@ -401,14 +401,14 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
     model = model or Llama(config, start, dtype)
     opt = prepare(model, args, checkpoint if args.resume else None)
     log = Log(folder, checkpoint["log_lines"])
-    keep_files(tokenizer, own)
+    if not RANK:
+        keep_files(tokenizer, own)
     if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-        versions = dict(python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())
-        log.write(dict(step=checkpoint["step"], args=vars(args), versions=versions))
-    narrow = " and int8" * bool(args.weight_bits)
-    tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}{narrow}, "
-         f"{world()} x {args.device}\n"
+        log.write(dict(step=checkpoint["step"], args=vars(args), versions=dict(
+            python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())))
+    tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}"
+         f"{' and int8' * bool(args.weight_bits)}, {world()} x {args.device}\n"
          f"{method}: {args.direction}, lr {args.lr}, {args.warmup_steps} steps of warm-up, then a cosine\n"
          f"{args.steps} steps of {accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} "
          f"tokens of {args.data}; all goes to {args.out_dir}")
