@@ -39,8 +39,8 @@ from adam8bit import check
 from data import C4_URL, EndOfData, Stream, get_tokenizer
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
-from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, highest, holds_a_run,
-                            hosts, most_memory, read_checkpoint, save, seal, within, world)
+from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, holds_a_run,
+                            most_memory, over_all, read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
 from plumbing.shards import tell
@@ -155,23 +155,24 @@ def defaults(said: argparse.Namespace) -> dict:
         eval_every=max(1, steps // 5), save_every=min(max(1, steps // 10), 1000))
 
 
-def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, shape and checkpoint: the recipe, over it the checkpoint, over it what was typed. SystemExit
-    or ValueError for what cannot be honoured."""
-    parser, checkpoint, run = arguments(), None, {}
+def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict]:
+    """Arguments, shape and checkpoint, a blank one for a new run. The recipe, over it the checkpoint, over it
+    what was typed. SystemExit or ValueError for what cannot be honoured."""
+    parser = arguments()
+    checkpoint = dict(step=0, skipped=0, scores={}, log_lines=0, data=None, args={})
     typed, _ = parser.parse_known_args(words)
     empty = [name for name, value in vars(typed).items() if value == ""]
     check(not empty, f"no value for --{', --'.join(empty)}")
     if typed.resume:
         check(typed.out_dir, "--resume needs --out_dir, the folder of the run")
         checkpoint = read_checkpoint(Path(typed.out_dir))
-        run = checkpoint["args"]
+    run, step = checkpoint["args"], checkpoint["step"]
     old = {k: v for k, v in run.items() if k in typed and v is not None}
-    parser.set_defaults(**defaults(argparse.Namespace(**vars(typed) | old)) | old)
+    said, _ = parser.parse_known_args(words, argparse.Namespace(**old))
+    parser.set_defaults(**defaults(said) | old)
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     args = parser.parse_args(words)
-    said = old | {k: v for k, v in vars(typed).items() if v is not None}
-    args.automatic = {k: said.get(k) for k in AUTOMATIC}
+    args.automatic = {k: getattr(said, k) for k in AUTOMATIC}
     if not typed.batch_size and args.batch_size and args.total_batch_size % (args.batch_size * world()):
         args.batch_size = None  # was for another total, or another number of processes
 
@@ -188,9 +189,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
     check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
           f"{args.total_batch_size} is no multiple of --batch_size {args.batch_size} x {world()} process(es)")
-    if checkpoint:
-        step = checkpoint["step"]
-        check(step <= args.steps, f"the run has taken {step} steps, more than --steps {args.steps}")
+    check(step <= args.steps, f"the run has taken {step} steps, more than --steps {args.steps}")
+    if args.resume:
         config = Config(**checkpoint["config"])
     elif args.init:
         config = read_config(Path(args.init))
@@ -257,24 +257,24 @@ def accumulation(args: argparse.Namespace) -> int:
 
 def plan(args, config: Config, batch_size: int, run=peak):
     """A function of how many blocks recompute, to GB by kind at the fullest moment of a step, simulated."""
-    few = vars(args) | dict(batch_size=batch_size, compile=False, device="meta")
-    few["total_batch_size"] = min(args.total_batch_size, 3 * batch_size * world())  # first, middle, last
+    total = min(args.total_batch_size, 3 * batch_size * world())  # a first, a middle, a last micro-batch
+    few = vars(args) | dict(batch_size=batch_size, total_batch_size=total, compile=False, device="meta")
 
     def build(recompute, keep):
         these = argparse.Namespace(**few | dict(recompute=recompute))
         model = Llama(replace(config, num_hidden_layers=recompute + keep), "meta", getattr(torch, args.dtype))
         return model, prepare(model, these), accumulation(these)
 
-    tokens = batch_size, args.seq_len
-    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap, tokens, args.compile)
+    return run(build, training_step, config.num_hidden_layers, args.update_proj_gap,
+               (batch_size, args.seq_len), args.compile)
 
 
 def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> torch.Tensor:
     """A step on `accumulate` micro-batches (x, y). Their mean loss stays on the device: nothing waits."""
     device, total = model.lm_head.weight.device, 0.0
     for _ in range(accumulate):
-        x, y = next(batches)
-        loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / accumulate
+        x, y = (ids.to(device, non_blocking=True) for ids in next(batches))
+        loss = model(x, y) / accumulate
         loss.backward()
         total += loss.detach()
     opt.step()
@@ -296,20 +296,16 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
             break
         x, y, count = x[RANK :: world()], y[RANK :: world()], count + y.numel()
         total += model(x.to(args.device), y.to(args.device)).item() * y.numel() if len(x) else 0.0
-    if world() > 1:
-        dist.all_reduce(total := torch.tensor(total, dtype=torch.float64), group=hosts())
-    loss = float(total) / count
+    loss = over_all(total, dist.ReduceOp.SUM) / count
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), val_tokens=count,
                 bits_per_byte=loss / math.log(2) / val.bytes_per_token)
 
 
-def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brake: Brake) -> dict | None:
+def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brake) -> dict | None:
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
-    past = checkpoint or dict(step=0, skipped=0, scores={})
-    step, skipped, scores = (past[k] for k in ("step", "skipped", "scores"))
-    saved, streak, ended = step if checkpoint else -1, 0, None
-    save_at = args.save_every * (saved // args.save_every + 1)  # step 0 is saved, too
-    accumulate, stripe = accumulation(args), (args.batch_size, RANK, world())
+    step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
+    saved = tried = step if args.resume else -1  # step 0 is saved, too
+    streak, accumulate = 0, accumulation(args)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 60)  # into a file it goes seldom
     brake.idle = False
@@ -324,18 +320,19 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     with suppress(Stop):
         while True:
             position = stream.state_dict()
-            if step == args.steps or step % args.eval_every == 0 and (step or args.init):
-                if scores.get("step") != step:
-                    scores = dict(step=step, **evaluate(model, val, args, brake.fetch))
-                    log.write(scores)
-                    tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
-                         "{bits_per_byte:.4f} bits per byte".format(**scores))
+            due = step == args.steps or step % args.eval_every == 0 and (step or args.init)
+            if due and scores.get("step") != step:
+                scores = dict(step=step, **evaluate(model, val, args, brake.fetch))
+                log.write(scores)
+                tell("step {step}: validation loss {val_loss:.4f}, perplexity {perplexity:.2f}, "
+                     "{bits_per_byte:.4f} bits per byte".format(**scores))
             if step == args.steps:
-                ended = scores
                 break
-            if step >= save_at and not streak:  # not among skipped steps: the newest one is from before them
-                saved, save_at = save_now(), step + args.save_every - step % args.save_every
-            batches = brake.fetch(lambda: [stream.batch(*stripe) for _ in range(accumulate)])
+            # Not among skipped steps: the newest one is from before them.
+            if step // args.save_every > tried // args.save_every and not streak:
+                tried, saved = step, save_now()
+            batches = brake.fetch(lambda: [stream.batch(args.batch_size, RANK, world())
+                                           for _ in range(accumulate)])
             begun = time.perf_counter()
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step + 1, args, group["peak_lr"])
@@ -359,10 +356,10 @@ def train(model, opt, args, checkpoint: dict | None, stream, val, log: Log, brak
     saved = saved if streak > 20 else save_now()
     if saved < step and not brake.problem:
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
-    if not ended:
-        tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
-             f"python train.py --resume --out_dir {args.out_dir}")
-    return ended
+    if scores.get("step") == args.steps:
+        return scores
+    tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
+         f"python train.py --resume --out_dir {args.out_dir}")
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -370,7 +367,7 @@ def kept(args: argparse.Namespace) -> dict:
     return {k: v for k, v in vars(args).items() if k not in PER_START} | args.automatic
 
 
-def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> tuple:
+def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
     """Model, optimiser, data, validation data, log. What can be known to be wrong is said first."""
     tokens = args.steps * args.total_batch_size * args.seq_len
     years = 2e-18 * Llama(config, "meta").num_parameters() * tokens  # 6 operations each, 1e11 a second
@@ -378,14 +375,14 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
           f"{years:,.0f} years: take a smaller --size or fewer --steps")
     method = (f"galore-r{args.rank}" if args.galore else "adamw") + "-8bit" * (args.state_bits == 8)
     args.out_dir = args.out_dir or free_folder(f"out/{args.size}-{method}")
-    check(args.resume or RANK or not holds_a_run(Path(args.out_dir)),
+    folder = Path(args.out_dir)
+    check(args.resume or RANK or not holds_a_run(folder),
           f"{args.out_dir} holds a run already: add --resume to go on with it, or take another --out_dir")
-    past = checkpoint or dict(step=0, log_lines=0, data=None, args=None)
-    same = seal(kept(args) | dict(step=past["step"], data=None, data_dir=None))
-    check(highest(same) == -highest(-same), "the processes do not agree: start all with the same arguments, "
-          "and --resume from the same checkpoint, in a folder that they share or a copy of it")
-    own = Path(args.out_dir, "tokenizer")
-    tokenizer = get_tokenizer(str(own) if checkpoint and own.exists() else args.tokenizer)
+    same = seal(kept(args) | dict(step=checkpoint["step"], data=None, data_dir=None))
+    check(over_all(same) == -over_all(-same), "the processes do not agree: start all with the same "
+          "arguments, and --resume from the same checkpoint, in a folder that they share or a copy of it")
+    own = folder / "tokenizer"
+    tokenizer = get_tokenizer(str(own) if args.resume and own.exists() else args.tokenizer)
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
     if args.seq_len > config.max_position_embeddings:
@@ -394,23 +391,24 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict | None) -> 
 
     start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
     model, dtype = None, getattr(torch, args.dtype)
-    if args.init and not checkpoint:  # before the data, which may take hours
+    if args.init and not args.resume:  # before the data, which may take hours
         model = Llama.from_pretrained(args.init, dtype).to(start)
     where = args.seq_len, args.data_dir, args.data_url, args.keep_shards
-    stream = Stream(args.data, tokenizer, "train", *where, state=past["data"])
+    stream = Stream(args.data, tokenizer, "train", *where, state=checkpoint["data"])
     val = Stream(args.data, tokenizer, "val", *where)
 
     torch.manual_seed(args.seed)
     model = model or Llama(config, start, dtype)
-    opt, log = prepare(model, args, checkpoint), Log(Path(args.out_dir), past["log_lines"])
-    keep_files(tokenizer, own)
-    if log.lines == 0 or kept(args) != past["args"]:
+    opt = prepare(model, args, checkpoint if args.resume else None)
+    log = Log(folder, checkpoint["log_lines"])
+    if not RANK:
+        keep_files(tokenizer, own)
+    if log.lines == 0 or kept(args) != checkpoint["args"]:
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-        versions = dict(python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())
-        log.write(dict(step=past["step"], args=vars(args), versions=versions))
-    narrow = " and int8" * bool(args.weight_bits)
-    tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}{narrow}, "
-         f"{world()} x {args.device}\n"
+        log.write(dict(step=checkpoint["step"], args=vars(args), versions=dict(
+            python=sys.version, torch=torch.__version__, gpu=gpu, processes=world())))
+    tell(f"{args.init or args.size}: {model.num_parameters():,} parameters, {args.dtype}"
+         f"{' and int8' * bool(args.weight_bits)}, {world()} x {args.device}\n"
          f"{method}: {args.direction}, lr {args.lr}, {args.warmup_steps} steps of warm-up, then a cosine\n"
          f"{args.steps} steps of {accumulation(args)} micro-batch(es) of {args.batch_size} x {args.seq_len} "
          f"tokens of {args.data}; all goes to {args.out_dir}")
@@ -424,8 +422,8 @@ def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     length = max(16, min(200, args.seq_len - prompt.size(1)))
     draw = torch.Generator(prompt.device).manual_seed(args.seed)
     texts = model.generate(prompt, length, temperature=0.6, top_k=50, generator=draw)
-    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()).strip("\n") for text in texts))
-    tell(f"more of it:      python model.py {args.out_dir} --prompt TEXT\n"
+    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()).strip("\n") for text in texts) +
+         f"\nmore of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
 
 
@@ -456,7 +454,7 @@ def main() -> None:
         sample(model, stream.tokenizer, args)
     log.close()
     if world() > 1:
-        highest(0)  # none leaves before the checkpoint is written: torchrun would end the others
+        over_all(0)  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
     if brake.problem:
         time.sleep(3 * bool(RANK))

@@ -43,7 +43,6 @@ def save(folder: Path, keep: int, **what) -> bool:
         return True
     part = folder / "checkpoint.part"  # always this name: what a kill leaves is overwritten by the next
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(what | dict(seal=seal(what)), file)
             file.flush()
@@ -54,7 +53,7 @@ def save(folder: Path, keep: int, **what) -> bool:
         return True
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
         tell(f"step {what['step']}: the checkpoint could not be written ({error.__context__ or error}); "
              "the one before stays, the next save tries again")
         return False
@@ -165,10 +164,10 @@ def hosts() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def highest(value: float) -> float:
-    """Of all processes. It goes from host to host: no GPU waits for it."""
+def over_all(value: float, how=dist.ReduceOp.MAX) -> float:
+    """The highest value of all processes, or their sum. It goes from host to host: no GPU waits for it."""
     if dist.is_initialized():
-        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX, group=hosts())
+        dist.all_reduce(value := torch.tensor(value, dtype=torch.float64), how, group=hosts())
     return float(value)
 
 
@@ -208,7 +207,7 @@ class Brake:
             self.problem = str(error)
         finally:
             self.idle = False
-        if highest(self.asked > 0 or self.problem != ""):
+        if over_all(bool(self.asked or self.problem)):
             raise Stop
         return result
 

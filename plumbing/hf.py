@@ -147,11 +147,10 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         part = Path(beside, folder.name)
         part.mkdir()
         try:
-            if tokenizer:
+            (part / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+            if tokenizer:    # whose folder may bring its own of these two
                 write_folder(tokenizer, part)
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not (part / "generation_config.json").exists():    # a tokenizer's folder brings its own
-                (part / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
             save_torch_state_dict(weights, part, max_shard_size=FILE_BYTES)
             for file in part.glob("*.safetensors"):
                 shutil.copymode(part / "config.json", file)    # they were their owner's only

@@ -18,20 +18,20 @@ from unittest import mock
 
 import torch
 
-from adam8bit import scale_key
+from adam8bit import check, scale_key
 from galore import adam
 from model import CHUNK_LOGITS, Config
-from plumbing.files import highest, world
+from plumbing.files import over_all, world
 
+CPU = torch.Generator()
 CARD = 24.14  # GB for a run on an RTX 4090: of 23.64 GiB half a GB is CUDA's own, and 3% are for gaps
 KINDS = {"weights": ("Parameter", "Buffer"), "state": ("Other",), "gradients": ("Gradient",),
          "activations": ("Activation",), "temporaries": ("Temp", "Optstate")}
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attention(q, k, v, *options, **more):
     """The fused kernel. For meta tensors torch would take its slow one, which keeps a T x T matrix."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
 # Compiled code reads and writes moments, weights and logits within its kernels. What it makes are the factors
@@ -59,7 +59,13 @@ def nothing(*args, **more):
     pass
 
 
-COMPILED = dict(load=load, advance_=advance_, store=nothing, move_=nothing)
+# What is put aside while a step is simulated, and what more where update and loss are compiled.
+STAND_INS = {"torch.Generator": lambda device: CPU,  # there is none for meta tensors
+             "torch.distributed.is_initialized": lambda: False,  # nor can they be sent
+             "torch.nn.functional.scaled_dot_product_attention": attention}
+COMPILED = {"thin.dequantise": dequantise, "model.Llama.loss_of_chunk": staticmethod(loss_of_chunk),
+            "galore.load": load, "galore.advance_": advance_, "galore.store": nothing,
+            "galore.move_": nothing}
 
 
 def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, int],
@@ -84,22 +90,16 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
         # its statistics by module allow one forward pass only
         _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = nothing
 
-    tracker, cpu, device = Tracker(), torch.Generator(), torch.device("meta")
-    with (ExitStack() as stack,
-          mock.patch("torch.Generator", lambda device: cpu),  # there is none for meta tensors
-          mock.patch("torch.distributed.is_initialized", lambda: False),  # nor can they be sent
-          mock.patch("torch.nn.functional.scaled_dot_product_attention", attention)):
-        if compiled:
-            stack.enter_context(mock.patch("thin.dequantise", dequantise))
-            stack.enter_context(mock.patch("model.Llama.loss_of_chunk", staticmethod(loss_of_chunk)))
-            stack.enter_context(mock.patch.multiple("galore", **COMPILED))
+    tracker, device = Tracker(), torch.device("meta")
+    with ExitStack() as stack:
+        for name, stand_in in (STAND_INS | COMPILED if compiled else STAND_INS).items():
+            stack.enter_context(mock.patch(name, stand_in))
         model, opt, micro_batches = build(*blocks)
         ranked = [group for group in opt.param_groups if group["rank"]]
-        for i, group in enumerate(ranked):
-            group["t"] = 1000 * group["update_proj_gap"] + group["offset"]
-            group["t"] -= i == len(ranked) - 1 or i < due - 1  # due in the next step: the last, and the first
-        states = [opt.init(p) for p in opt.group]
-        far = [x for p in opt.group if opt.far(p) for x in opt.state[p].values() if torch.is_tensor(x)]
+        for i, group in enumerate(ranked, 1):
+            next_due = i == len(ranked) or i < due  # the last, and the first
+            group["t"] = 1000 * group["update_proj_gap"] + group["offset"] - next_due
+        state = [(x, opt.far(p)) for p in opt.group for x in opt.init(p).values() if torch.is_tensor(x)]
         opt.arm()
 
         def gradient(leaf):
@@ -114,11 +114,11 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
                 tracker.micro_batch += 1
                 yield (torch.zeros(tokens, dtype=torch.long, device=device),) * 2
 
-        tracker.track_external(model, *(x for state in states for x in state.values() if torch.is_tensor(x)))
+        tracker.track_external(model, *(x for x, _ in state))
         with tracker:
             step(model, opt, batches(), micro_batches)
     for peak in tracker.parts.values():
-        peak[_MemRefType.OTH] -= sum(x.nbytes for x in far)
+        peak[_MemRefType.OTH] -= sum(x.nbytes for x, far in state if far)
     return {part: {kind: sum(peak[_MemRefType(name)] for name in names) / 1e9
                    for kind, names in KINDS.items()} for part, peak in tracker.parts.items()}
 
@@ -129,7 +129,7 @@ def total(table: dict) -> float:
 
 def line(a: dict, *steps: tuple[dict, dict, float]) -> dict[str, float]:
     """a, and for each step (b, c, n) n times what c has more than b, kind by kind."""
-    return {kind: a[kind] + sum(n * (c[kind] - b[kind]) for b, c, n in steps if n) for kind in a}
+    return {kind: a[kind] + sum(n * (c[kind] - b[kind]) for b, c, n in steps) for kind in a}
 
 
 def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int], compiled: bool):
@@ -137,17 +137,17 @@ def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int], compiled: 
     due once in `gap` steps; early on, two."""
     due = max(2, -(-blocks // gap))
     few = min(due, blocks)
-    parts = cache(lambda *these: simulate(build, step, these, due, tokens, compiled))
+    pairs = [(few, 0), (few + 1, 0), (0, few), (0, few + 1)]
+    parts = [simulate(build, step, pair, due, tokens, compiled) for pair in pairs]
 
     def fullest(recompute: int) -> dict[str, float]:
         keep, tables = blocks - recompute, []
-        for part in parts(few, 0) if recompute else parts(0, few):
-            again = (parts(few, 0)[part], parts(few + 1, 0)[part]) if recompute else ({}, {})
+        for part in parts[0]:
+            again, again_more, kept, kept_more = (tables_of[part] for tables_of in parts)
             if recompute:  # fullest while one of these does so, and nothing that is kept is left
-                tables.append(line(again[0], (*again, blocks - few)))
+                tables.append(line(again, (again, again_more, blocks - few)))
             if keep:  # fullest while all that is kept is there
-                first, second = parts(0, few)[part], parts(0, few + 1)[part]
-                tables.append(line(first, (first, second, keep - few), (*again, recompute)))
+                tables.append(line(kept, (kept, kept_more, keep - few), (again, again_more, recompute)))
         return max(tables, key=total)
 
     return fullest
@@ -170,9 +170,9 @@ def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, 
         low, high = (peak(size)(count) for size in linear[:2])
         return line(low, (low, high, (size - linear[0]) / (linear[1] - linear[0])))
 
-    fits = [(size, count) for size in sizes for count in counts if total(at(size, count)) < free]
-    time = lambda how: (3 + how[1] / blocks) * (1 + 100 / (how[0] * seq_len))  # noqa: E731
-    size, count = min(fits, key=time, default=(sizes[0], counts[-1]))
+    fits = [((3 + count / blocks) * (1 + 100 / (size * seq_len)), size, count)
+            for size in sizes for count in counts if total(at(size, count)) < free]
+    _, size, count = min(fits, default=(0, sizes[0], counts[-1]))
     return size, count, at(size, count)
 
 
@@ -183,31 +183,30 @@ def fit(args, config: Config, plan) -> None:
     plan(args, config, batch_size): a function of the blocks that recompute, to GB by kind of a step. Raises
     ValueError if the run does not fit, or no step can be simulated; where both are given nothing is."""
     gpu, blocks = args.device == "cuda", config.num_hidden_layers
-    if args.exact and (args.plan or gpu and None in (args.batch_size, args.recompute)):
-        raise ValueError("--exact takes an SVD, which cannot be simulated: do without --plan, and on a GPU "
-                         "give --batch_size and --recompute")
+    simulated = args.plan or gpu and None in (args.batch_size, args.recompute)
+    check(not args.exact or not simulated, "--exact takes an SVD, which cannot be simulated: do without "
+          "--plan, and on a GPU give --batch_size and --recompute")
     most = max(1, (131_072 if gpu or args.plan else 8192) // args.seq_len)  # larger ones are no faster
-    sizes = [2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
-    sizes = [args.batch_size] if args.batch_size else sizes
+    sizes = [args.batch_size] if args.batch_size else [
+        2**i for i in range(18) if args.total_batch_size % (2**i * world()) == 0 and 2**i <= most]
     counts = [*range(blocks + 1)] if args.recompute is None else [min(args.recompute, blocks)]
-    if not args.plan and (not gpu or args.batch_size and args.recompute is not None):
+    if not simulated:
         args.batch_size, args.recompute = sizes[-1], counts[0]
         return
-    per_process, chunk = args.total_batch_size // world(), CHUNK_LOGITS // config.vocab_size
-    linear = [size for size in sizes if size * args.seq_len >= chunk and per_process // size > 2]
-    free = -highest(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
+    linear = [size for size in sizes if size * args.seq_len >= CHUNK_LOGITS // config.vocab_size
+              and 3 * size * world() <= args.total_batch_size]
+    free = -over_all(-0.97 * torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD  # GB, on the fullest GPU
     try:
-        size, count, table = choose(cache(partial(plan, args, config)), sizes, counts, free, blocks,
-                                    args.seq_len, linear)
+        args.batch_size, args.recompute, table = choose(
+            cache(partial(plan, args, config)), sizes, counts, free, blocks, args.seq_len, linear)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         # Another torch, or a model whose steps depend on values.
         raise ValueError(f"no step can be simulated here ({type(error).__name__}: {error}): give "
                          "--batch_size and --recompute, and do without --plan") from error
-    need, args.batch_size, args.recompute = total(table), size, count
+    need = total(table)
     if args.plan:
         print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
-        print(f"--batch_size {size}, --recompute {count}; {free:.2f} GB are free"
+        print(f"--batch_size {args.batch_size}, --recompute {args.recompute}; {free:.2f} GB are free"
               f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
-    elif need >= free:
-        raise ValueError(f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a lower --rank, "
-                         "--state_bits 8, --weight_bits 8, or a smaller --size")
+    check(args.plan or need < free, f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a "
+          "lower --rank, --state_bits 8, --weight_bits 8, or a smaller --size")

@@ -107,9 +107,9 @@ def python_files(split: str) -> list[Path]:
     root, numbers = Path(os.__file__).parent, {}
     leave = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo",
              "encodings", "pydoc_data"}
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, _ in os.walk(root):
         subfolders[:] = set(subfolders) - leave
-        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+        for file in Path(folder).glob("*.py"):
             name = file.relative_to(root).as_posix()
             numbers[int(hashlib.sha1(name.encode()).hexdigest(), 16)] = file
     return [numbers[i] for i in sorted(numbers) if (i % 20 == 0) == (split == "val")]
@@ -204,13 +204,13 @@ def download(url: str, file, background: bool):
     the server says so. ValueError after 4 attempts without progress, in the background 40: six hours."""
     path, failures = Path(file.name.removesuffix(".part")), 0
     while True:
-        before = file.seek(0, os.SEEK_END)
+        have = file.seek(0, os.SEEK_END)
         try:
-            return fetch(url, file, background)
+            return fetch(url, file, have, background)
         except (OSError, HTTPException, *BAD_GZIP) as error:
             if isinstance(error, BAD_GZIP) or getattr(error, "code", 0) == 416:
                 file.truncate(0)  # 416: it is longer than the server's
-            failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
+            failures = 1 if file.seek(0, os.SEEK_END) > have else failures + 1
             if failures >= (40 if background else 4):
                 raise ValueError(f"{url} could not be downloaded ({error}): start again to go on from "
                                  f"{file.name}, or bring {path.name} into {path.parent} by other means; "
@@ -222,9 +222,8 @@ def download(url: str, file, background: bool):
             time.sleep(wait)
 
 
-def fetch(url, file, background):
-    """One attempt of `download`. An error if length or gzip checksum are wrong in the end."""
-    have = file.seek(0, os.SEEK_END)
+def fetch(url, file, have, background):
+    """One attempt of `download` from byte `have` on. An error if length or gzip checksum are wrong then."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
         if answer.status != 206:  # all of it, from the start

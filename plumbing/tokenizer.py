@@ -12,7 +12,6 @@ chat templates. "<s>" in a text is text, like any other.
 """
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -124,7 +123,7 @@ def copy_files(source, folder):
 
 def keep_files(tokenizer, folder: Path) -> None:
     """Keeps a copy of a folder's tokenizer in a run's `folder`: the run goes on when that folder is gone."""
-    if os.environ.get("RANK", "0") == "0" and Path(tokenizer.source).resolve() != folder.resolve():
+    if Path(tokenizer.source).resolve() != folder.resolve():
         shutil.rmtree(folder, ignore_errors=True)    # of a start that went no further
         if "hf-" in tokenizer.name:
             copy_files(tokenizer.source, folder)
