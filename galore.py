@@ -178,7 +178,6 @@ class GaLoreAdamW(Stored):
         self.state_bits, self.max_norm, self.direction = state_bits, max_norm, direction
         self.offload, self.compile, self.seed = offload, compile, seed
         self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; how many steps were bad
-        self.norms = {}  # of each R of the step under way, in the order in which they were averaged
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, t=0,
                          update_proj_gap=200, scale=0.25, offset=0, early_gap=2, proj_type="std"))
 
@@ -186,6 +185,7 @@ class GaLoreAdamW(Stored):
         """After each step, and when groups or state are new: checks the groups, and decides whose P is due in
         the next step. `project` and the thin layers read it in `turning`."""
         self.group = {p: group for group in self.param_groups for p in group["params"]}
+        self.norms = {}  # of each R of the step to come, in the order in which they are averaged
         self.index = {p: i for i, p in enumerate(self.group)}  # as in state_dict()
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
@@ -280,16 +280,13 @@ class GaLoreAdamW(Stored):
         if self.max_norm is None:
             for p in waiting:
                 self.move(p, *self.project(p))
-        elif waiting:  # all norms must be known first
-            projected = {p: self.project(p) for p in waiting}
-            self.norms = {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
-            total = torch.stack([*self.norms.values()]).norm()
-            ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
-            for p, (R, Y) in projected.items():
-                self.move(p, R, Y, ok, shrink)
-        self.norm = torch.stack([*self.norms.values()]).norm() if self.norms else torch.zeros(())
-        self.skipped = self.skipped + ~self.norm.isfinite()
-        self.norms.clear()
+        projected = {p: self.project(p) for p in waiting if self.max_norm}  # all norms must be known first
+        self.norms |= {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
+        self.norm = nn.utils.get_total_norm(self.norms.values())
+        ok, shrink = self.norm.isfinite(), ((self.max_norm or torch.inf) / (self.norm + 1e-6)).clamp(max=1)
+        for p, (R, Y) in projected.items():
+            self.move(p, R, Y, ok, shrink)
+        self.skipped = self.skipped + ~ok
         for group in self.param_groups:
             group["t"] += 1
         self.arm()
