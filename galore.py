@@ -120,7 +120,7 @@ DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its 
 def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> None:
     """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
     stay. Compiled, it is four kernels: P, the direction, a product, and one that moves."""
-    N = advance_(state, names, direction, R, ok=ok, **how)
+    N = advance_(state, names, direction, R, ok=ok, dtype=R.dtype if "P" in state else torch.float32, **how)
     stay = 1 - ok * (lr * decay)
     if "P" in state:
         P, lr = load(state, "P", N.dtype), lr * alpha
@@ -263,8 +263,7 @@ class GaLoreAdamW(Stored):
         run = compiled if self.compile else lambda function: function
         run(update_)(W, self.scales.get(p), R, viewed, names, direction, torch.tensor(group["lr"]),
                      group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
-                     betas=group["betas"], eps=group["eps"], bias=bias,
-                     dtype=self.leaf(p).dtype if "P" in state else torch.float32)
+                     betas=group["betas"], eps=group["eps"], bias=bias)
         if self.far(p):
             for name, x in state.items():
                 own[name].copy_(x)  # and waits: whoever saves it finds it there
