@@ -205,11 +205,11 @@ class GaLoreAdamW(Stored):
 
     def empty(self, p: Tensor, device: torch.device) -> dict:
         """The form of p's state: P (m x r), moments (r x n, or p's shape), and the number of its steps, t."""
-        rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
-        if rank:
-            P = zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
-            (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
-        return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
+        state, names, shape, narrow = dict(t=0), "MV", p.shape, self.state_bits == 8
+        if rank := self.group[p]["rank"]:
+            state |= zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
+            names, shape = DIRECTIONS[self.direction][1], (rank, max(shape))
+        return state | zeros(names, shape, torch.float32, narrow, device)
 
     def far(self, p: Tensor) -> bool:
         """Does the state of p live in host memory?"""
@@ -236,8 +236,8 @@ class GaLoreAdamW(Stored):
         if "P" not in state:
             return average(G), None
         G = rows(G)
-        R = average(load(state, "P").to(G.dtype).T @ G)
-        return R, average(G @ load(state, "M").to(G.dtype).T) if p in self.turning else None
+        R = average(load(state, "P", G.dtype).T @ G)
+        return R, average(G @ load(state, "M", G.dtype).T) if p in self.turning else None
 
     def noise(self, p: Tensor) -> Tensor | None:
         """Seed of the rounding: depends on the optimiser's seed, parameter and step alone."""
@@ -347,7 +347,7 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
             continue
         block = re.search(r"(?:^|\.)(\d+)\.", name)
         if block and p in linear and p.ndim == 2 and min(p.shape) > rank:
-            blocks.setdefault(int(block[1]), []).append(p)
+            blocks.setdefault(block[1], []).append(p)
         else:
             rest.append(p)
             if block and p.ndim > 1:
