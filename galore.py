@@ -27,7 +27,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
@@ -51,7 +50,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     Matrix products and an r x r factorisation: no branch, no wait for the host. P'P = I to 1e-6 if the
     singular values of Y, its columns scaled, spread over no more than 1e6.
     """
-    Y = F.normalize(Y, dim=0)
+    Y = nn.functional.normalize(Y, dim=0)
     for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation alive; the last pass mends what it cost
         A = Y.T @ Y
         A.diagonal().add_(shift * A.trace())
@@ -66,7 +65,7 @@ def refresh(P: Tensor, Y: Tensor) -> Tensor:
     We add 1e-3 of the old basis to Y. Where the gradient has no direction left, the old one stays. Otherwise
     the last columns would be rounding noise, which Adam blows up to full size.
     """
-    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
+    Y = nn.functional.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
     return orthonormal(Y + 1e-3 * P)
 
 
@@ -275,7 +274,7 @@ class GaLoreAdamW(Stored):
         """Moves every weight that has a gradient and has not moved yet."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         waiting = [p for p in self.group if self.leaf(p).grad is not None]
-        self.agree([*self.norms, *waiting])  # those that have moved, in their order, and those that will
+        self.agree(self.norms, waiting)
         if self.max_norm is None:
             for p in waiting:
                 self.move(p, *self.project(p))
@@ -291,13 +290,11 @@ class GaLoreAdamW(Stored):
         self.arm()
         return loss
 
-    def agree(self, ps: list[Tensor]) -> None:
-        """Checks that all processes are about to average the same parameters in the same order.
-
-        An exchange of 16 bytes, for which the host waits on a GPU, too. If they are not, all raise
-        ValueError: else weights would be mixed.
-        """
+    def agree(self, moved, coming) -> None:
+        """Checks that all processes have averaged, and will, the same parameters in the same order: else
+        weights would be mixed. An exchange of 16 bytes, for which the host waits on a GPU, too."""
         if dist.is_initialized():
+            ps = *moved, *coming
             code = hash(tuple((self.index[p], *self.init(p)["M"].shape, p in self.turning) for p in ps))
             span = torch.tensor([code, -code], device=next(iter(self.group)).device)
             dist.all_reduce(span, dist.ReduceOp.MAX)  # the highest code, and minus the lowest

@@ -39,8 +39,6 @@ import warnings
 import weakref
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adam8bit import check, dequantise, narrow, scale_key, widen
@@ -81,11 +79,11 @@ class ThinModule(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
-            return F.linear(x, widen(W, scale, x.dtype), self.bias)
+            return nn.functional.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
-        return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
+        return nn.functional.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
 class ThinUpdate:
@@ -128,8 +126,8 @@ class ThinUpdate:
             raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
                                "opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
         if self.passes[p] == self.accumulate and self.max_norm is None:
-            if not self.norms and dist.is_initialized():  # the first of its backward pass
-                self.agree([p, *filter(self.coming, self.group)])
+            if not self.norms:  # the first of its backward pass
+                self.agree([p], filter(self.coming, self.group))
             self.move(p, *self.project(p))
             leaf.grad = None
 
