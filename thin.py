@@ -37,6 +37,7 @@ accumulation. Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09
 import sys
 import warnings
 import weakref
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ class ThinUpdate:
     @torch.no_grad()
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
         """leaf.grad has gained a micro-batch. After the last one p moves, unless it is to be clipped."""
-        self.passes[p] = self.passes.get(p, 0) + 1
+        self.passes[p] += 1
         if self.passes[p] > self.accumulate:
             raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
                                "opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
@@ -133,8 +134,8 @@ class ThinUpdate:
 
     def coming(self, p: Tensor) -> bool:
         """Will the backward pass under way complete p's gradient? Asked as in register_multi_grad_hook."""
-        leaf = self.proxies.get(p, p)
-        return (leaf.requires_grad and self.passes.get(p, 0) == self.accumulate - 1
+        leaf = self.leaf(p)
+        return (leaf.requires_grad and self.passes[p] == self.accumulate - 1
                 and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,7 +184,7 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     opt.__class__ = type(f"Thin{type(opt).__name__}", (ThinUpdate, type(opt)), {})
     linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
     opt.modules = [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
-    opt.accumulate, opt.passes, opt.scales = accumulate, {}, {}  # passes: gradients so far, by parameter
+    opt.accumulate, opt.passes, opt.scales = accumulate, Counter(), {}  # passes: gradients so far
     opt.proxies = {m.weight: m.weight.new_empty(0) for m in opt.modules}  # their dtype; `arm` shapes them
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
