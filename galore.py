@@ -184,8 +184,8 @@ class GaLoreAdamW(Stored):
         """After each step, and when groups or state are new: checks the groups, and decides whose P is due in
         the next step. `project` and the thin layers read it in `turning`."""
         self.group = {p: group for group in self.param_groups for p in group["params"]}
-        self.norms = {}  # of each R of the step to come, in the order in which they are averaged
         self.index = {p: i for i, p in enumerate(self.group)}  # as in state_dict()
+        self.norms = {}  # of each R of the step to come, in the order in which they are averaged
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")

@@ -61,10 +61,10 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
-            W_scale = W_scale + 1e-38 * D.reshape(-1, D.shape[-1])[:1, :1].sum()
-        dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
         D, X = D.reshape(-1, D.shape[-1]), x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
+        if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
+            W_scale = W_scale + 1e-38 * D[:1, :1].sum()
+        dX = (D @ widen(W, W_scale, D.dtype).to(D.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         A, B = (X, D) if len(W) >= W.shape[1] else (D, X)
         R = (A @ dequantise(P, P_scale, True).to(D.dtype)).T @ B
         if M is not None:
