@@ -254,15 +254,14 @@ class GaLoreAdamW(Stored):
         state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
-        W, viewed = p, state
-        if direction is adam and R.numel() % BLOCK == 0 and p.is_contiguous():
-            # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
-            R, viewed = R.reshape(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
-            W = p if "P" in state else p.view(-1, BLOCK)
+        # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
+        shape = (-1, BLOCK) if direction is adam and R.numel() % BLOCK == 0 and p.is_contiguous() else R.shape
+        viewed = state | {name: state[name].view(shape) for name in names}
+        W = p if "P" in state else p.view(shape)
         run = compiled if self.compile else lambda function: function
-        run(update_)(W, self.scales.get(p), R, viewed, names, direction, torch.tensor(group["lr"]),
-                     group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
-                     betas=group["betas"], eps=group["eps"], bias=bias)
+        run(update_)(W, self.scales.get(p), R.reshape(shape), viewed, names, direction,
+                     torch.tensor(group["lr"]), group["scale"], group["weight_decay"], self.noise(p), ok,
+                     shrink=shrink, betas=group["betas"], eps=group["eps"], bias=bias)
         if self.far(p):
             for name, x in state.items():
                 own[name].copy_(x)  # and waits: whoever saves it finds it there
