@@ -13,7 +13,6 @@ Any model, any loop:
     loss.backward()
     opt.step(); opt.zero_grad()
 thin.py adds one line, after which G is never formed and each weight moves during the backward pass.
-Parameters without a rank take the same path without P: that is plain AdamW.
 
 References: GaLore, arXiv 2403.03507, algorithms 1 and 2. Power iteration, and moments that rotate: LDAdam,
 2410.16103. Cholesky-QR: 1809.11085. Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024, 2502.16982; in a
@@ -39,8 +38,7 @@ LARGE = 1 << 22  # with `offload`, state of at least so many values lives in hos
 
 
 def rows(W: Tensor) -> Tensor:
-    """W or W', so that the short side is the rows. A square matrix is transposed, as in the reference
-    code."""
+    """W or W', so that the short side is the rows; W' of a square matrix, as in the reference code."""
     return W.T if W.shape[0] >= W.shape[1] else W
 
 
@@ -113,7 +111,7 @@ def muon(R, M, betas, dtype, **_):
 DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its moments
 
 
-# ----- the update -------------------------------------------------------------------------------------------
+# ----- the optimiser ----------------------------------------------------------------------------------------
 
 
 def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> None:
@@ -126,9 +124,6 @@ def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **
         N = N.view(P.shape[1], -1)  # it may have come in blocks of 256
         N = P @ N if len(W) < W.shape[1] else N.T @ P.T  # the second is its transpose
     move_(W, N, lr, stay, seed, scale)
-
-
-# ----- the optimiser ----------------------------------------------------------------------------------------
 
 
 class GaLoreAdamW(Stored):
@@ -231,10 +226,10 @@ class GaLoreAdamW(Stored):
 
     def project(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """R = P'G, and Y = G M' where P is due, averaged over processes. Without a rank, R is G."""
-        G, state = p.grad, self.init(p)
+        state = self.init(p)
         if "P" not in state:
-            return average(G), None
-        G = rows(G)
+            return average(p.grad), None
+        G = rows(p.grad)
         R = average(load(state, "P", G.dtype).T @ G)
         return R, average(G @ load(state, "M", G.dtype).T) if p in self.turning else None
 

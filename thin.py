@@ -16,8 +16,7 @@ per token, not 2 m n.
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
    M stands still until the weight moves, so Y is linear in G, too.
-4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
-   wait for opt.step(), until their norm is known.
+4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update.
 
 Why two functions, and ThinLinear first? Checkpointing recomputes a block only up to its last saved tensor:
 ThinLinear saves x before F.linear, so the block's last product is not repeated.
