@@ -127,7 +127,7 @@ def store(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
     """Replaces state `name` by x, in place, where the 0-dim bool `ok` is True. Else no bit of it changes."""
     new = {name: x.to(state[name].dtype)}
     if scale_key(name) in state:
-        codes, scale = quantise(x.sqrt(), signed=False) if name == "V" else quantise(x, signed=True)
+        codes, scale = quantise(x.sqrt() if name == "V" else x, signed=name != "V")
         new = {name: codes, scale_key(name): scale}
     for key in new:
         state[key].copy_(torch.where(ok, new[key], state[key]))

@@ -13,7 +13,6 @@ Any model, any loop:
     loss.backward()
     opt.step(); opt.zero_grad()
 thin.py adds one line, after which G is never formed and each weight moves during the backward pass.
-Parameters without a rank take the same path without P: that is plain AdamW.
 
 References: GaLore, arXiv 2403.03507, algorithms 1 and 2. Power iteration, and moments that rotate: LDAdam,
 2410.16103. Cholesky-QR: 1809.11085. Adam: 1412.6980. AdamW: 1711.05101. Muon: Jordan 2024, 2502.16982; in a
@@ -27,7 +26,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
@@ -40,8 +38,7 @@ LARGE = 1 << 22  # with `offload`, state of at least so many values lives in hos
 
 
 def rows(W: Tensor) -> Tensor:
-    """W or W', so that the short side is the rows. A square matrix is transposed, as in the reference
-    code."""
+    """W or W', so that the short side is the rows; W' of a square matrix, as in the reference code."""
     return W.T if W.shape[0] >= W.shape[1] else W
 
 
@@ -51,7 +48,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     Matrix products and an r x r factorisation: no branch, no wait for the host. P'P = I to 1e-6 if the
     singular values of Y, its columns scaled, spread over no more than 1e6.
     """
-    Y = F.normalize(Y, dim=0)
+    Y = nn.functional.normalize(Y, dim=0)
     for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation alive; the last pass mends what it cost
         A = Y.T @ Y
         A.diagonal().add_(shift * A.trace())
@@ -66,7 +63,7 @@ def refresh(P: Tensor, Y: Tensor) -> Tensor:
     We add 1e-3 of the old basis to Y. Where the gradient has no direction left, the old one stays. Otherwise
     the last columns would be rounding noise, which Adam blows up to full size.
     """
-    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
+    Y = nn.functional.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
     return orthonormal(Y + 1e-3 * P)
 
 
@@ -114,22 +111,19 @@ def muon(R, M, betas, dtype, **_):
 DIRECTIONS = {"adam": (adam, "MV"), "muon": (muon, "M")}  # name: function, its moments
 
 
-# ----- the update -------------------------------------------------------------------------------------------
+# ----- the optimiser ----------------------------------------------------------------------------------------
 
 
 def update_(W, scale, R, state, names, direction, lr, alpha, decay, seed, ok, **how) -> None:
     """Moves one weight, its moments and, of a weight in codes, its scales, in place. Where `ok` is False all
     stay. Compiled, it is four kernels: P, the direction, a product, and one that moves."""
-    N = advance_(state, names, direction, R, ok=ok, **how)
+    N = advance_(state, names, direction, R, ok=ok, dtype=R.dtype if "P" in state else torch.float32, **how)
     stay = 1 - ok * (lr * decay)
     if "P" in state:
         P, lr = load(state, "P", N.dtype), lr * alpha
         N = N.view(P.shape[1], -1)  # it may have come in blocks of 256
         N = P @ N if len(W) < W.shape[1] else N.T @ P.T  # the second is its transpose
     move_(W, N, lr, stay, seed, scale)
-
-
-# ----- the optimiser ----------------------------------------------------------------------------------------
 
 
 class GaLoreAdamW(Stored):
@@ -178,7 +172,6 @@ class GaLoreAdamW(Stored):
         self.state_bits, self.max_norm, self.direction = state_bits, max_norm, direction
         self.offload, self.compile, self.seed = offload, compile, seed
         self.norm = self.skipped = torch.zeros(())  # norm of the last step's R; how many steps were bad
-        self.norms = {}  # of each R of the step under way, in the order in which they were averaged
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=None, t=0,
                          update_proj_gap=200, scale=0.25, offset=0, early_gap=2, proj_type="std"))
 
@@ -187,6 +180,7 @@ class GaLoreAdamW(Stored):
         the next step. `project` and the thin layers read it in `turning`."""
         self.group = {p: group for group in self.param_groups for p in group["params"]}
         self.index = {p: i for i, p in enumerate(self.group)}  # as in state_dict()
+        self.norms = {}  # of each R of the step to come, in the order in which they are averaged
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")
@@ -205,11 +199,11 @@ class GaLoreAdamW(Stored):
 
     def empty(self, p: Tensor, device: torch.device) -> dict:
         """The form of p's state: P (m x r), moments (r x n, or p's shape), and the number of its steps, t."""
-        rank, narrow, names, shape, P = self.group[p]["rank"], self.state_bits == 8, "MV", p.shape, {}
-        if rank:
-            P = zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
-            (_, names), shape = DIRECTIONS[self.direction], (rank, max(shape))
-        return dict(t=0) | P | zeros(names, shape, torch.float32, narrow, device)
+        state, names, shape, narrow = dict(t=0), "MV", p.shape, self.state_bits == 8
+        if rank := self.group[p]["rank"]:
+            state |= zeros("P", (min(shape), rank), self.leaf(p).dtype, narrow and not self.exact, device)
+            names, shape = DIRECTIONS[self.direction][1], (rank, max(shape))
+        return state | zeros(names, shape, torch.float32, narrow, device)
 
     def far(self, p: Tensor) -> bool:
         """Does the state of p live in host memory?"""
@@ -232,12 +226,12 @@ class GaLoreAdamW(Stored):
 
     def project(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
         """R = P'G, and Y = G M' where P is due, averaged over processes. Without a rank, R is G."""
-        G, state = p.grad, self.init(p)
+        state = self.init(p)
         if "P" not in state:
-            return average(G), None
-        G = rows(G)
-        R = average(load(state, "P").to(G.dtype).T @ G)
-        return R, average(G @ load(state, "M").to(G.dtype).T) if p in self.turning else None
+            return average(p.grad), None
+        G = rows(p.grad)
+        R = average(load(state, "P", G.dtype).T @ G)
+        return R, average(G @ load(state, "M", G.dtype).T) if p in self.turning else None
 
     def noise(self, p: Tensor) -> Tensor | None:
         """Seed of the rounding: depends on the optimiser's seed, parameter and step alone."""
@@ -255,16 +249,14 @@ class GaLoreAdamW(Stored):
         state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
-        W, viewed = p, state
-        if direction is adam and R.numel() % BLOCK == 0 and p.is_contiguous():
-            # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
-            R, viewed = R.reshape(-1, BLOCK), state | {name: state[name].view(-1, BLOCK) for name in names}
-            W = p if "P" in state else p.view(-1, BLOCK)
+        # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
+        shape = (-1, BLOCK) if direction is adam and R.numel() % BLOCK == 0 and p.is_contiguous() else R.shape
+        viewed = state | {name: state[name].view(shape) for name in names}
+        W = p if "P" in state else p.view(shape)
         run = compiled if self.compile else lambda function: function
-        run(update_)(W, self.scales.get(p), R, viewed, names, direction, torch.tensor(group["lr"]),
-                     group["scale"], group["weight_decay"], self.noise(p), ok, shrink=shrink,
-                     betas=group["betas"], eps=group["eps"], bias=bias,
-                     dtype=self.leaf(p).dtype if "P" in state else torch.float32)
+        run(update_)(W, self.scales.get(p), R.reshape(shape), viewed, names, direction,
+                     torch.tensor(group["lr"]), group["scale"], group["weight_decay"], self.noise(p), ok,
+                     shrink=shrink, betas=group["betas"], eps=group["eps"], bias=bias)
         if self.far(p):
             for name, x in state.items():
                 own[name].copy_(x)  # and waits: whoever saves it finds it there
@@ -276,32 +268,27 @@ class GaLoreAdamW(Stored):
         """Moves every weight that has a gradient and has not moved yet."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         waiting = [p for p in self.group if self.leaf(p).grad is not None]
-        self.agree([*self.norms, *waiting])  # those that have moved, in their order, and those that will
+        self.agree(self.norms, waiting)
         if self.max_norm is None:
             for p in waiting:
                 self.move(p, *self.project(p))
-        elif waiting:  # all norms must be known first
-            projected = {p: self.project(p) for p in waiting}
-            self.norms = {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
-            total = torch.stack([*self.norms.values()]).norm()
-            ok, shrink = total.isfinite(), (self.max_norm / (total + 1e-6)).clamp(max=1)
-            for p, (R, Y) in projected.items():
-                self.move(p, R, Y, ok, shrink)
-        self.norm = torch.stack([*self.norms.values()]).norm() if self.norms else torch.zeros(())
-        self.skipped = self.skipped + ~self.norm.isfinite()
-        self.norms.clear()
+        projected = {p: self.project(p) for p in waiting if self.max_norm}  # all norms must be known first
+        self.norms |= {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
+        self.norm = nn.utils.get_total_norm(self.norms.values())
+        ok, shrink = self.norm.isfinite(), ((self.max_norm or torch.inf) / (self.norm + 1e-6)).clamp(max=1)
+        for p, (R, Y) in projected.items():
+            self.move(p, R, Y, ok, shrink)
+        self.skipped = self.skipped + ~ok
         for group in self.param_groups:
             group["t"] += 1
         self.arm()
         return loss
 
-    def agree(self, ps: list[Tensor]) -> None:
-        """Checks that all processes are about to average the same parameters in the same order.
-
-        An exchange of 16 bytes, for which the host waits on a GPU, too. If they are not, all raise
-        ValueError: else weights would be mixed.
-        """
+    def agree(self, moved, coming) -> None:
+        """Checks that all processes have averaged, and will, the same parameters in the same order: else
+        weights would be mixed. An exchange of 16 bytes, for which the host waits on a GPU, too."""
         if dist.is_initialized():
+            ps = *moved, *coming
             code = hash(tuple((self.index[p], *self.init(p)["M"].shape, p in self.turning) for p in ps))
             span = torch.tensor([code, -code], device=next(iter(self.group)).device)
             dist.all_reduce(span, dist.ReduceOp.MAX)  # the highest code, and minus the lowest
@@ -351,7 +338,7 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
             continue
         block = re.search(r"(?:^|\.)(\d+)\.", name)
         if block and p in linear and p.ndim == 2 and min(p.shape) > rank:
-            blocks.setdefault(int(block[1]), []).append(p)
+            blocks.setdefault(block[1], []).append(p)
         else:
             rest.append(p)
             if block and p.ndim > 1:

@@ -16,8 +16,7 @@ per token, not 2 m n.
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
    M stands still until the weight moves, so Y is linear in G, too.
-4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
-   wait for opt.step(), until their norm is known.
+4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update.
 
 Why two functions, and ThinLinear first? Checkpointing recomputes a block only up to its last saved tensor:
 ThinLinear saves x before F.linear, so the block's last product is not repeated.
@@ -37,10 +36,9 @@ accumulation. Layer-wise updates: GaLore, 2403.03507, section 4.3; LOMO, 2306.09
 import sys
 import warnings
 import weakref
+from collections import Counter
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adam8bit import check, dequantise, narrow, scale_key, widen
@@ -62,10 +60,10 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
-            W_scale = W_scale + 1e-38 * D.reshape(-1, D.shape[-1])[:1, :1].sum()
-        dX = D @ widen(W, W_scale, D.dtype).to(D.dtype) if ctx.needs_input_grad[0] else None
         D, X = D.reshape(-1, D.shape[-1]), x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
+        if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
+            W_scale = W_scale + 1e-38 * D[:1, :1].sum()
+        dX = (D @ widen(W, W_scale, D.dtype).to(D.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         A, B = (X, D) if len(W) >= W.shape[1] else (D, X)
         R = (A @ dequantise(P, P_scale, True).to(D.dtype)).T @ B
         if M is not None:
@@ -81,11 +79,11 @@ class ThinModule(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
-            return F.linear(x, widen(W, scale, x.dtype), self.bias)
+            return nn.functional.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
-        return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
+        return nn.functional.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
 class ThinUpdate:
@@ -123,20 +121,20 @@ class ThinUpdate:
     @torch.no_grad()
     def arrived(self, p: Tensor, leaf: Tensor) -> None:
         """leaf.grad has gained a micro-batch. After the last one p moves, unless it is to be clipped."""
-        self.passes[p] = self.passes.get(p, 0) + 1
+        self.passes[p] += 1
         if self.passes[p] > self.accumulate:
             raise RuntimeError(f"a weight got more than {self.accumulate} gradients before opt.step() or "
                                "opt.zero_grad(): raise accumulate, or checkpoint with use_reentrant=False.")
         if self.passes[p] == self.accumulate and self.max_norm is None:
-            if not self.norms and dist.is_initialized():  # the first of its backward pass
-                self.agree([p, *filter(self.coming, self.group)])
+            if not self.norms:  # the first of its backward pass
+                self.agree([p], filter(self.coming, self.group))
             self.move(p, *self.project(p))
             leaf.grad = None
 
     def coming(self, p: Tensor) -> bool:
         """Will the backward pass under way complete p's gradient? Asked as in register_multi_grad_hook."""
-        leaf = self.proxies.get(p, p)
-        return (leaf.requires_grad and self.passes.get(p, 0) == self.accumulate - 1
+        leaf = self.leaf(p)
+        return (leaf.requires_grad and self.passes[p] == self.accumulate - 1
                 and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -185,7 +183,7 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     opt.__class__ = type(f"Thin{type(opt).__name__}", (ThinUpdate, type(opt)), {})
     linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
     opt.modules = [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
-    opt.accumulate, opt.passes, opt.scales = accumulate, {}, {}  # passes: gradients so far, by parameter
+    opt.accumulate, opt.passes, opt.scales = accumulate, Counter(), {}  # passes: gradients so far
     opt.proxies = {m.weight: m.weight.new_empty(0) for m in opt.modules}  # their dtype; `arm` shapes them
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())

@@ -81,7 +81,7 @@ def ours(args: argparse.Namespace, config: Config, due: bool) -> tuple[int, int]
         assert all(opt.due(group) == due for group in opt.param_groups if group["rank"])
         opt.arm()
         tokens = torch.zeros(1, args.seq_len, dtype=torch.long)
-        opt.agree = lambda ps: None  # 16 bytes a step, which on fake tensors nobody could read
+        opt.agree = lambda *ps: None  # 16 bytes a step, which on fake tensors nobody could read
         with Wire(args.rank) as wire:
             train.training_step(model, opt, repeat((tokens, tokens)), train.accumulation(args))
     return wire.matrices, wire.rest
