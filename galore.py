@@ -26,6 +26,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
@@ -48,7 +49,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     Matrix products and an r x r factorisation: no branch, no wait for the host. P'P = I to 1e-6 if the
     singular values of Y, its columns scaled, spread over no more than 1e6.
     """
-    Y = nn.functional.normalize(Y, dim=0)
+    Y = F.normalize(Y, dim=0)
     for shift in (1e-7, 1e-7, 0.0):  # keeps the factorisation alive; the last pass mends what it cost
         A = Y.T @ Y
         A.diagonal().add_(shift * A.trace())
@@ -63,7 +64,7 @@ def refresh(P: Tensor, Y: Tensor) -> Tensor:
     We add 1e-3 of the old basis to Y. Where the gradient has no direction left, the old one stays. Otherwise
     the last columns would be rounding noise, which Adam blows up to full size.
     """
-    Y = nn.functional.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
+    Y = F.normalize(Y / Y.abs().amax().clamp_min(1e-30), dim=0)
     return orthonormal(Y + 1e-3 * P)
 
 
@@ -269,11 +270,13 @@ class GaLoreAdamW(Stored):
         loss = None if closure is None else torch.enable_grad()(closure)()
         waiting = [p for p in self.group if self.leaf(p).grad is not None]
         self.agree(self.norms, waiting)
-        if self.max_norm is None:
-            for p in waiting:
+        projected = {}
+        for p in waiting:
+            if self.max_norm is None:
                 self.move(p, *self.project(p))
-        projected = {p: self.project(p) for p in waiting if self.max_norm}  # all norms must be known first
-        self.norms |= {p: R.norm(dtype=torch.float32) for p, (R, _) in projected.items()}
+            else:  # all norms must be known first
+                projected[p] = R, _ = self.project(p)
+                self.norms[p] = R.norm(dtype=torch.float32)
         self.norm = nn.utils.get_total_norm(self.norms.values())
         ok, shrink = self.norm.isfinite(), ((self.max_norm or torch.inf) / (self.norm + 1e-6)).clamp(max=1)
         for p, (R, Y) in projected.items():

@@ -251,8 +251,7 @@ class Llama(nn.Module):
     them again in the backward pass."""
     loss_of_chunk = staticmethod(loss_of_chunk)    # may be compiled
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32):
+    def __init__(self, config: Config, device: torch.device | str = None, dtype: torch.dtype = None):
         super().__init__()
         self.config, self.recompute = config, 0
         with torch.device("meta"):
@@ -261,7 +260,9 @@ class Llama(nn.Module):
                 layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
                 norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.to(dtype).to_empty(device=device)
+        for module in self.modules():    # not to_empty(), which cannot make fake tensors of these
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -16,7 +16,8 @@ per token, not 2 m n.
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
    M stands still until the weight moves, so Y is linear in G, too.
-4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update.
+4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
+   wait for opt.step(), until their norm is known.
 
 Why two functions, and ThinLinear first? Checkpointing recomputes a block only up to its last saved tensor:
 ThinLinear saves x before F.linear, so the block's last product is not repeated.
@@ -39,6 +40,7 @@ import weakref
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adam8bit import check, dequantise, narrow, scale_key, widen
@@ -79,11 +81,11 @@ class ThinModule(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
-            return nn.functional.linear(x, widen(W, scale, x.dtype), self.bias)
+            return F.linear(x, widen(W, scale, x.dtype), self.bias)
         names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
         stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
-        return nn.functional.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
+        return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
 
 class ThinUpdate:
@@ -188,11 +190,12 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
         p.requires_grad_(False).data = codes
+    if device is not None:
+        model.to(device)
+    opt.scales = {p: scale.to(p.device) for p, scale in opt.scales.items()}
     for module in opt.modules:
         module.__class__ = ThinModule
         module.register_buffer("weight_scale", opt.scales.get(module.weight))
-    if device is not None:
-        model.to(device)
     opt.arm()
     for p in (p for p in opt.group if p.requires_grad and p not in opt.proxies):
         p.register_post_accumulate_grad_hook(opt.hook())

@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 SIZES = ("60m", "130m", "1b", "7b")
 REAL = "60m"  # the size at which DDP gets real tensors: 7b would take 27 GB
 WORLD = 2
-OPTIONS = f"--galore --state_bits 8 --vocab_size 32000 --dtype bfloat16 --batch_size 1 --total_batch_size {2 * WORLD} --recompute 0"
+OPTIONS = f"--galore --state_bits 8 --vocab_size 32000 --dtype bfloat16 --batch_size 1 --total_batch_size {2 * WORLD} --recompute 0 --no-compile"
 
 
 class Wire(TorchDispatchMode):
