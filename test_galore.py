@@ -809,6 +809,18 @@ def test_a_step_of_codes_is_a_step_of_weights(options):
     assert abs(one - two) < 2e-3 < Net()(*batch(99)) - one
 
 
+def test_a_shared_weight_in_int8_has_one_scale(monkeypatch):
+    """Also where a device gets copies, one for each module."""
+    monkeypatch.setattr(nn.Module, "to", lambda model, device: model._apply(torch.clone))
+    model = shared()
+    opt = GaLoreAdamW(param_groups(model, 4))
+    thin(model, opt, weight_bits=8, device="cuda")
+    scales = {}
+    for module in opt.modules:
+        assert scales.setdefault(module.weight, module.weight_scale) is module.weight_scale
+    assert len(scales) < len(opt.modules) and all(opt.scales[p] is scale for p, scale in scales.items())
+
+
 def test_codes_resume_bit_for_bit(tmp_path):
     """The model's state_dict holds codes and scales. Saved after 5 steps and loaded, 5 more give the bits of
     10. A model that is not in int8 does not take them."""

@@ -20,6 +20,7 @@ batches. `gap`: mean over seeds of the difference to bf16. Rates are train.py's 
 """
 
 import sys
+from math import gcd
 from statistics import mean
 from unittest import mock
 
@@ -53,7 +54,7 @@ def tracked(W, N, lr, stay, seed, scale):
 
 def groups(W, N, lr, stay, seed, scale):
     """W is fp32, its values are codes times scales."""
-    new = (W * stay - N * lr).unflatten(1, (-1, 32))
+    new = (W * stay - N * lr).unflatten(1, (-1, gcd(32, W.shape[1])))
     least = new.abs().amax(2, keepdim=True) / 127
     grid = grids.setdefault(W.data_ptr(), least.clone())
     grid.copy_(torch.maximum(grid, least))
