@@ -137,17 +137,19 @@ def peak(build, step, blocks: int, gap: int, tokens: tuple[int, int], compiled: 
     due once in `gap` steps; early on, two."""
     due = max(2, -(-blocks // gap))
     few = min(due, blocks)
-    pairs = [(few, 0), (few + 1, 0), (0, few), (0, few + 1)]
-    parts = [simulate(build, step, pair, due, tokens, compiled) for pair in pairs]
+    parts = cache(lambda *pair: simulate(build, step, pair, due, tokens, compiled))
 
     def fullest(recompute: int) -> dict[str, float]:
         keep, tables = blocks - recompute, []
-        for part in parts[0]:
-            again, again_more, kept, kept_more = (tables_of[part] for tables_of in parts)
+        kept = [parts(0, few), parts(0, few + 1)] if keep else []
+        again = [parts(few, 0), parts(few + 1, 0)] if recompute else kept
+        for part in again[0]:
+            less, more = (simulated[part] for simulated in again)
             if recompute:  # fullest while one of these does so, and nothing that is kept is left
-                tables.append(line(again, (again, again_more, blocks - few)))
+                tables.append(line(less, (less, more, blocks - few)))
             if keep:  # fullest while all that is kept is there
-                tables.append(line(kept, (kept, kept_more, keep - few), (again, again_more, recompute)))
+                first, second = (simulated[part] for simulated in kept)
+                tables.append(line(first, (first, second, keep - few), (less, more, recompute)))
         return max(tables, key=total)
 
     return fullest
