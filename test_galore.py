@@ -579,8 +579,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_no_full_gradient_is_ever_made(monkeypatch):
-    """In thin backward passes, two of them refreshing, no operation makes a tensor of a projected matrix's
-    shape."""
+    """No operation of a thin backward pass, refreshing or not, makes a tensor of a matrix's shape."""
     monkeypatch.setattr(GaLoreAdamW, "move", lambda *_: None)  # which makes P N
     shapes, own = {(40, 24), (24, 40), (40, 40)}, set()
     watch = Watch(lambda x: tuple(x.shape) not in shapes or x.untyped_storage().data_ptr() in own)
@@ -705,8 +704,7 @@ def test_model_and_optimiser_are_freed():
 
 
 def test_updates_compile(monkeypatch):
-    """torch.compile takes 8-bit updates by Muon and Adam, and the rotation, with fullgraph=True, and changes
-    nothing."""
+    """torch.compile takes 8-bit updates by Muon and Adam, and the rotation, whole, and changes nothing."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)
     torch._dynamo.reset()
     compiler = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -809,16 +807,23 @@ def test_a_step_of_codes_is_a_step_of_weights(options):
     assert abs(one - two) < 2e-3 < Net()(*batch(99)) - one
 
 
-def test_a_shared_weight_in_int8_has_one_scale(monkeypatch):
-    """Also where a device gets copies, one for each module."""
-    monkeypatch.setattr(nn.Module, "to", lambda model, device: model._apply(torch.clone))
-    model = shared()
-    opt = GaLoreAdamW(param_groups(model, 4))
-    thin(model, opt, weight_bits=8, device="cuda")
-    scales = {}
-    for module in opt.modules:
-        assert scales.setdefault(module.weight, module.weight_scale) is module.weight_scale
-    assert len(scales) < len(opt.modules) and all(opt.scales[p] is scale for p, scale in scales.items())
+def test_int8_weights_move_to_a_device(monkeypatch):
+    """Proxies and scales follow. Meta stands for a GPU: Parameters get other data, modules copies of buffers."""
+    def to(model, device):
+        for module in model.modules():
+            for p in module.parameters(recurse=False):
+                torch.utils.swap_tensors(p, nn.Parameter(p.data.to(device), requires_grad=p.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device))
+
+    model, inputs = shared(), [x.to("meta") for x in batch(0)]
+    opt, cpu = GaLoreAdamW(param_groups(model, 4)), torch.Generator()
+    pytest.importorskip("torch.distributed.tensor")  # while there is a torch.Generator
+    monkeypatch.setattr(nn.Module, "to", to), monkeypatch.setattr(torch, "Generator", lambda device: cpu)
+    thin(model, opt, weight_bits=8, device="meta")
+    assert all(module.weight_scale is opt.scales[module.weight] for module in opt.modules)
+    model(*inputs).backward(), opt.step()
+    assert all(x.is_meta for x in [*opt.group, *opt.proxies.values(), *opt.scales.values()])
 
 
 def test_codes_resume_bit_for_bit(tmp_path):

@@ -100,7 +100,7 @@ class ThinUpdate:
             module.galore, module.wants_Y = self.init(p), p in self.turning
             shape = len(module.galore["M"]), max(p.shape) + min(p.shape) * module.wants_Y
             if self.proxies[p].shape != shape:
-                self.proxies[p] = self.proxies[p].new_zeros(1).expand(shape).requires_grad_()
+                self.proxies[p] = self.proxies[p].new_zeros(1, device=p.device).expand(shape).requires_grad_()
                 self.proxies[p].register_post_accumulate_grad_hook(self.hook(p))
             module.proxy, self.scales[p] = self.proxies[p], module.weight_scale
 
