@@ -181,7 +181,7 @@ class GaLoreAdamW(Stored):
         the next step. `project` and the thin layers read it in `turning`."""
         self.group = {p: group for group in self.param_groups for p in group["params"]}
         self.index = {p: i for i, p in enumerate(self.group)}  # as in state_dict()
-        self.norms = {}  # of each R of the step to come, in the order in which they are averaged
+        self.norms = {}  # of each R of the step to come, as soon as it is averaged; empty: nothing has moved
         for p, group in self.group.items():
             rank, T, kind = map(group.get, ("rank", "update_proj_gap", "proj_type"))
             check(kind == "std" and T >= 1, f"proj_type {kind!r} must be 'std', update_proj_gap {T} above 0.")

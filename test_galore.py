@@ -808,7 +808,7 @@ def test_a_step_of_codes_is_a_step_of_weights(options):
 
 
 def test_int8_weights_move_to_a_device(monkeypatch):
-    """Proxies and scales follow. Meta stands for a GPU: Parameters get other data, modules copies of buffers."""
+    """Proxies and scales follow. On meta, for a GPU, Parameters get new data, modules copies of buffers."""
     def to(model, device):
         for module in model.modules():
             for p in module.parameters(recurse=False):
@@ -1357,7 +1357,7 @@ WRONG = {
     "--galore --exact --direction muon": "drop --direction",
     "--size 7b --galore": "on a CPU this would take about 271 years",
     "--galore --rank 256": "--rank 256 is not below 256",
-    "--lr nan": "--lr: nan must lie between",
+    "--lr nan": "--lr: nan must be at least 1e-18",
     "--total_batch_size 9 --batch_size 2": "9 is no multiple of --batch_size 2",
     "--vocab_size 100": "smaller than that of --tokenizer bytes, 257: change one of them",
     "--data_url x{}": "no effect with --data python",

@@ -10,8 +10,10 @@ per token, not 2 m n.
                x -------> F.linear(x, W) + link ----> y     y is what it always was
     backward   dX, proxy.grad <-- dX, R <-- ThinLinear <-- D
 
-1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead.
-2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: one number, expanded to R's shape.
+1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead, which is
+   always zero.
+2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: one number, which nobody reads, expanded
+   to R's shape.
    Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
    rank-r memory.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].

@@ -157,7 +157,8 @@ def defaults(said: argparse.Namespace) -> dict:
 
 def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, dict]:
     """Arguments, shape and checkpoint, a blank one for a new run. The recipe, over it the checkpoint, over it
-    what was typed. SystemExit or ValueError for what cannot be honoured."""
+    what was typed: parsed to find the run, then to choose the recipe, then with that as defaults. SystemExit
+    or ValueError for what cannot be honoured."""
     parser = arguments()
     checkpoint = dict(step=0, skipped=0, scores={}, log_lines=0, data=None, args={})
     typed, _ = parser.parse_known_args(words)
@@ -304,7 +305,7 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
 def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brake) -> dict | None:
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
     step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
-    saved = tried = step if args.resume else -1  # step 0 is saved, too
+    saved = tried = step if args.resume else -1  # the newest checkpoint, the last try; step 0 is saved, too
     streak, accumulate = 0, accumulation(args)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 60)  # into a file it goes seldom
@@ -358,8 +359,8 @@ def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brak
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1
     if scores.get("step") == args.steps:
         return scores
-    tell(f"stopped after step {step}; to go on from the checkpoint of step {saved}: "
-         f"python train.py --resume --out_dir {args.out_dir}")
+    tell(f"stopped after step {step}; " + ("there is no checkpoint" if saved < 0 else
+         f"to go on from the checkpoint of step {saved}: python train.py --resume --out_dir {args.out_dir}"))
 
 
 def kept(args: argparse.Namespace) -> dict:
@@ -450,7 +451,7 @@ def main() -> None:
     except KeyboardInterrupt:
         return tell("interrupted before the first step: there is nothing to save")
     scores = train(model, opt, args, checkpoint, stream, val, log, brake)
-    if scores and math.isfinite(scores["val_loss"]) and RANK == 0:
+    if scores and math.isfinite(scores["val_loss"]) and not RANK and not brake.problem:
         sample(model, stream.tokenizer, args)
     log.close()
     if world() > 1:

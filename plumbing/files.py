@@ -55,7 +55,7 @@ def save(folder: Path, keep: int, **what) -> bool:
         with suppress(OSError):
             part.unlink()
         tell(f"step {what['step']}: the checkpoint could not be written ({error.__context__ or error}); "
-             "the one before stays, the next save tries again")
+             "older ones stay, the next save tries again")
         return False
 
 
@@ -73,7 +73,8 @@ def read_checkpoint(folder: Path) -> dict:
     """The newest one; its tensors stay on disk until they are used. ValueError if there is no whole one."""
     *older, path = checkpoints(folder) or [None]
     if path is None:
-        raise ValueError(f"{folder} holds no checkpoint-STEP.pt to resume from: leave --resume out to start")
+        raise ValueError(f"{folder} holds no checkpoint-STEP.pt to resume from: start anew in another "
+                         "--out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if ZipFile(path).testzip() or checkpoint.pop("seal") != seal(checkpoint):
@@ -235,7 +236,8 @@ def within(least, most=1e38):
     def number(word):
         value = type(least)(word)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{word} must lie between {least:g} and {most:g}")
+            most_said = f", at most {most:g}" * (most < 1e38)
+            raise argparse.ArgumentTypeError(f"{word} must be at least {least:g}{most_said}")
         return value
 
     number.__name__ = type(least).__name__  # argparse says "invalid int value"

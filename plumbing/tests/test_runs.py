@@ -51,7 +51,7 @@ def test_stopped_in_a_skipped_step(fits, monkeypatch, tmp_path, few):  # noqa: F
     if not fits:
         monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     output = run(tmp_path, *few, expect=0 if fits else 1)
-    assert f"go on from the checkpoint of step {1 if fits else -1}" in output
+    assert ("go on from the checkpoint of step 1:" if fits else "there is no checkpoint") in output
 
 
 def test_many_bad_steps_stop_the_run(monkeypatch, tmp_path, few):  # noqa: F811
