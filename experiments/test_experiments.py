@@ -478,9 +478,9 @@ def test_killed(main_of, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(experiment("torture"), "SEQ_LEN", 16)
     monkeypatch.setattr(train, "sample", lambda *_: None)    # nobody reads it
-    main_of("torture", *"--kills 1 --steps 10 --shards 1 --seed 21".split())
+    main_of("torture", *"--kills 1 --steps 16 --shards 1 --seed 21".split())
     said = capfd.readouterr().out
-    assert "1 kills" in said and "log: 11 lines, equal" in said
+    assert "1 kills" in said and "log: 18 lines, equal" in said
     assert re.search(r"[1-9]\d* steps are safe", said)
 
 
