@@ -59,13 +59,13 @@ def start(folder: Path, args: argparse.Namespace) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
-def half_written(folder: Path, pattern: str, since: float) -> set[tuple[str, int]]:
-    """Names and inodes of the files there that are being written, or were when their writer was killed."""
-    found = set()
+def half_written(folder: Path, pattern: str, since: float) -> set[tuple[str, str]]:
+    """Names of the files there that are being written, or were when their writer was killed, and the newest whole checkpoint before them."""
+    found, newest = set(), max((file.name for file in folder.glob("run/checkpoint-*.pt")), default="none")
     for file in folder.rglob(pattern):
         with suppress(FileNotFoundError):  # it has its final name now
-            if (stat := file.stat()).st_mtime > since:
-                found.add((file.name, stat.st_ino))
+            if file.stat().st_mtime > since:
+                found.add((file.name, newest))
     return found
 
 
