@@ -213,12 +213,14 @@ class GaLoreAdamW(Stored):
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
         if not self.state[p]:
-            state = self.state[p] = self.place(p, self.empty(p, p.device))
+            state = self.state[p] = self.empty(p, p.device)
             if "P" in state:
                 seed = (self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B) % 2**32
                 random = torch.Generator(p.device).manual_seed(seed)
                 start = torch.randn(state["P"].shape, generator=random, device=p.device)
                 store(state, "P", orthonormal(start), ok=torch.tensor(True))
+            if self.far(p):  # only then: a copy beside it would not fit in the first step
+                self.state[p] = self.place(p, state)
         return self.state[p]
 
     def leaf(self, p: Tensor) -> Tensor:
