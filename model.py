@@ -14,8 +14,7 @@ Letters in the shapes at line ends
 Parameters carry Hugging Face's names. Every projection is an nn.Linear called as a module: its forward can be
 swapped. Only the training loss reads lm_head.weight itself. Nothing reads a tensor's value in Python: a step
 also runs on fake tensors, and its memory is measured so, without a GPU. Each block can be compiled on its
-own, `block.compile(fullgraph=True)`, and then norm and MLP are plain formulas: a compiler fuses these, and
-torch 2.11 keeps a Function's outputs in a compiled checkpoint.
+own, `block.compile(fullgraph=True)`: norm, RoPE and SwiGLU then take and keep no memory of their own.
 
 References: LLaMA (arXiv 2302.13971), GaLore Table 5 (2403.03507) and MobileLLM (2402.14905) for the sizes,
 RMSNorm (1910.07467), RoPE (2104.09864; scaled 2407.21783), SwiGLU (2002.05202), grouped queries (2305.13245).
@@ -76,32 +75,6 @@ SIZES: dict[str, dict] = {    # Config(vocab_size=..., **SIZES[name])
 
 # ----- The block --------------------------------------------------------------------------------------------
 
-class Normalise(torch.autograd.Function):
-    """weight * x / rms(x). A Function because of memory: it keeps x; autograd keeps two or three."""
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)   # (B, T, 1)
-        rstd = (norm.square() / x.size(-1) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, rstd)
-        return weight * (x * rstd).type_as(x)                                           # (B, T, C)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        unit, dunit = x * rstd, (dy * weight).float()                                   # (B, T, C) in fp32
-        dx = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd
-        return dx.type_as(x), (dy * unit.type_as(x)).flatten(0, -2).sum(0), None        # (B, T, C), (C,)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return Normalise.apply(x, self.weight, self.eps)
-        wide = x.float()
-        return self.weight * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).type_as(x)
-
-
 def rope(start: int, end: int, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D) in fp32 for positions start to end - 1. Computed in each forward pass, once for
     all blocks: .to(bfloat16) would round a buffer, .to_empty() would leave it blank."""
@@ -145,20 +118,6 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                                 # (B, T, C)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. A Function because of memory: it keeps these two; autograd keeps a third."""
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
-
-
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -167,16 +126,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)                                   # (B, T, I)
-        return self.down_proj(F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))              # inside: (B, T, I)
 
 
 class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, recompute=False) -> Tensor:
@@ -191,18 +149,14 @@ class Block(nn.Module):
 
 def loss_of_chunk(z: Tensor, targets: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross-entropies of logits z (n, V) with targets (n, 1); its gradient / count in z's dtype.
-    Compiled it makes three passes over z, without a copy in fp32. Eager it has one, and uses it up."""
-    wide, dtype = z.float(), z.dtype
-    del z
-    wide -= wide.amax(dim=1, keepdim=True)                                              # (n, V)
-    picked = wide.gather(1, targets)                                                    # (n, 1)
-    total = wide.exp_().sum(dim=1, keepdim=True)                                        # (n, 1)
-    loss = (total.log() - picked).sum()
+    Compiled it reads z twice and has no copy in fp32."""
+    wide = z.float()
+    log_sum = wide.logsumexp(dim=1, keepdim=True)                                       # (n, 1)
+    loss = (log_sum - wide.gather(1, targets)).sum()
     if not training:
         return loss, None
-    wide /= total * count
-    at_target = picked.exp() / (total * count) - 1 / count
-    return loss, wide.to(dtype).scatter_(1, targets, at_target.to(dtype))
+    dz = ((wide - log_sum).exp() - F.one_hot(targets[:, 0], z.size(1))) / count         # (n, V)
+    return loss, dz.to(z.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -258,7 +212,7 @@ class Llama(nn.Module):
             self.model = nn.ModuleDict(dict(
                 embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
                 layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+                norm=nn.RMSNorm(config.hidden_size, config.rms_norm_eps)))
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():    # not to_empty(), which cannot make fake tensors of these
             for name, p in module.named_parameters(recurse=False):
@@ -299,8 +253,8 @@ class Llama(nn.Module):
                              loss_of_chunk=self.loss_of_chunk)
 
     @torch.no_grad()
-    def stream(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, generator: torch.Generator | None = None):
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, generator: torch.Generator | None = None):
         """Yields max_new_tokens times (B, 1): so tokens (B, T) go on. Temperature 0 takes the likeliest;
         top_k samples among the k likeliest. ValueError if one of these is too small."""
         (B, T), c, new = tokens.shape, self.config, tokens
@@ -315,10 +269,6 @@ class Llama(nn.Module):
             new = (logits.argmax(dim=-1, keepdim=True) if temperature == 0 else         # (B, 1)
                    torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
             yield new
-
-    def generate(self, tokens: Tensor, *options, **more) -> Tensor:
-        """Tokens (B, T) and all that stream() adds to them, whose arguments it takes."""
-        return torch.cat([tokens, *self.stream(tokens, *options, **more)], dim=1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None) -> "Llama":

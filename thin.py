@@ -192,9 +192,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
         p.requires_grad_(False).data = codes
-    if device is not None:
-        model.to(device)
-    opt.scales = {p: scale.to(p.device) for p, scale in opt.scales.items()}
+    model.to(device)
+    opt.scales = {p: scale.to(device) for p, scale in opt.scales.items()}
     for module in opt.modules:
         module.__class__ = ThinModule
         module.register_buffer("weight_scale", opt.scales.get(module.weight))

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction as switch
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_
                             most_memory, over_all, read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
+from plumbing.sample import go_on
 from plumbing.shards import tell
 from plumbing.tokenizer import keep_files
 from thin import thin
@@ -386,9 +387,6 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
     tokenizer = get_tokenizer(str(own) if args.resume and own.exists() else args.tokenizer)
     check(tokenizer.n_vocab <= config.vocab_size, f"a vocabulary of {config.vocab_size:,} is smaller than "
           f"that of --tokenizer {args.tokenizer}, {tokenizer.n_vocab:,}: change one of them")
-    if args.seq_len > config.max_position_embeddings:
-        tell(f"--seq_len {args.seq_len} is more than the {config.max_position_embeddings} tokens that "
-             f"{args.init} was made for")
 
     start = "cpu" if args.weight_bits else args.device  # `thin` moves it, when it is half as large
     model, dtype = None, getattr(torch, args.dtype)
@@ -418,13 +416,12 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
 
 def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
     """Shows what was learnt: three texts of lengths that were seen in training."""
+    tell("sample:")
     beginning = "\n\n\ndef " if args.data == "python" else "The"  # else it takes some def for a deep one
-    prompt = torch.tensor([tokenizer.document(beginning).tolist()] * 3, device=args.device)
-    length = max(16, min(200, args.seq_len - prompt.size(1)))
-    draw = torch.Generator(prompt.device).manual_seed(args.seed)
-    texts = model.generate(prompt, length, temperature=0.6, top_k=50, generator=draw)
-    tell("sample:\n" + "\n\n".join(tokenizer.decode(text.tolist()).strip("\n") for text in texts) +
-         f"\nmore of it:      python model.py {args.out_dir} --prompt TEXT\n"
+    with redirect_stdout(sys.stderr):
+        for seed in range(3):
+            go_on(model, tokenizer, beginning, min(200, args.seq_len), temperature=0.6, top_k=50, seed=seed)
+    tell(f"\nmore of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
 
 

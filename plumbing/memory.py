@@ -17,6 +17,7 @@ from functools import cache, partial
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from adam8bit import check, scale_key
 from galore import adam
@@ -32,6 +33,11 @@ KINDS = {"weights": ("Parameter", "Buffer"), "state": ("Other",), "gradients": (
 def attention(q, k, v, *options, **more):
     """The fused kernel. For meta tensors torch would take its slow one, which keeps a T x T matrix."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
+def rms_norm(x, shape, weight, eps):
+    """The fused kernel keeps x and a number per row, as this one does. Meta tensors would get the formula."""
+    return F.layer_norm(x, shape, weight, eps=eps)
 
 
 # Compiled code reads and writes moments, weights and logits within its kernels. What it makes are the factors
@@ -62,8 +68,10 @@ def nothing(*args, **more):
 # What is put aside while a step is simulated, and what more where update and loss are compiled.
 STAND_INS = {"torch.Generator": lambda device: CPU,  # there is none for meta tensors
              "torch.distributed.is_initialized": lambda: False,  # nor can they be sent
-             "torch.nn.functional.scaled_dot_product_attention": attention}
+             "torch.nn.functional.scaled_dot_product_attention": attention,
+             "torch.nn.functional.rms_norm": rms_norm}
 COMPILED = {"thin.dequantise": dequantise, "model.Llama.loss_of_chunk": staticmethod(loss_of_chunk),
+            "torch.nn.functional.silu": lambda gate: gate,  # its product keeps gate and up, and no more
             "galore.load": load, "galore.advance_": advance_, "galore.store": nothing,
             "galore.move_": nothing}
 

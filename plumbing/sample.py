@@ -41,23 +41,22 @@ def read(source, name):
     return model, tokenizer
 
 
-def prompt(model, tokenizer, args):
-    """Prints --prompt and how it goes on, up to an end-of-text; then tokens/s."""
-    draw = torch.Generator(args.device).manual_seed(args.seed)
-    tokens = torch.tensor([tokenizer.document(args.prompt).tolist()], device=args.device)
-    stream = model.to(args.device).stream(tokens, args.tokens, args.temperature, args.top_k, draw)
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a letter may be several tokens
-    print(args.prompt, end="", flush=True)
-    begun, count = time.perf_counter(), 0
+def go_on(model, tokenizer, text: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> int:
+    """Prints text and how it goes on, token by token, up to an end-of-text. Returns how many tokens came."""
+    device = model.lm_head.weight.device
+    start = torch.tensor([tokenizer.document(text).tolist()], device=device)
+    draw = torch.Generator(device).manual_seed(seed)
+    utf8, count = codecs.getincrementaldecoder("utf-8")("replace"), 0    # a letter may be several tokens
+    print(text, end="", flush=True)
     with suppress(KeyboardInterrupt):
-        for token in map(int, stream):
+        for token in map(int, model.generate(start, tokens, temperature, top_k, draw)):
             if token in tokenizer.ends:
                 break
             piece = tokenizer.pieces[token] if token < tokenizer.n_vocab else b""    # of a padded vocabulary
             print(utf8.decode(piece), end="", flush=True)
             count += 1
     print(utf8.decode(b"", final=True))
-    tell(f"{count} tokens, {count / (time.perf_counter() - begun):.1f} tokens/s")
+    return count
 
 
 def main():
@@ -93,7 +92,10 @@ def main():
             raise ValueError("--prompt and --export cannot be empty")
         model, tokenizer = read(args.source, args.tokenizer)
         if args.prompt:
-            prompt(model, tokenizer, args)
+            model.to(args.device)
+            begun = time.perf_counter()
+            count = go_on(model, tokenizer, args.prompt, args.tokens, args.temperature, args.top_k, args.seed)
+            tell(f"{count} tokens, {count / (time.perf_counter() - begun):.1f} tokens/s")
         else:
             hf.save(model, args.export, tokenizer)
             tell(f"{args.export}: {model.num_parameters():,} parameters, {model.lm_head.weight.dtype}")

@@ -150,7 +150,7 @@ def test_interrupted_text_ends_well(monkeypatch, tmp_path):
         signal.raise_signal(signal.SIGINT)
 
     hf_folder(tiny(vocab_size=320), tmp_path / "hf")
-    monkeypatch.setattr(Llama, "stream", three)
+    monkeypatch.setattr(Llama, "generate", three)
     shown = run(tmp_path, *"hf --tokenizer bytes --prompt x".split(), program=sample)
     assert shown.startswith("xé\N{REPLACEMENT CHARACTER}\n3 tokens, ")
 
