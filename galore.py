@@ -32,8 +32,6 @@ from torch import Tensor, nn
 # Storage of moments and weights: load and store translate between fp32 and 8-bit codes.
 from adam8bit import BLOCK, Stored, advance_, check, compiled, load, move_, store, zeros
 
-LARGE = 1 << 22  # with `offload`, state of at least so many values lives in host memory
-
 
 # ----- the subspace -----------------------------------------------------------------------------------------
 
@@ -145,8 +143,8 @@ class GaLoreAdamW(Stored):
         max_norm: clip the global norm of all R, and of the gradients that are not projected, to this.
             Clipped or not, it is `norm` after a step, and below the norm of the full gradients.
         direction: a key of DIRECTIONS, for matrices with a rank. The others take Adam's.
-        offload: keep the state of large parameters without a rank (embedding, head) in host memory. It comes
-            to the device for their update.
+        offload: keep the state of matrices without a rank (embedding, head) in host memory. It comes to the
+            device for their update.
         compile: fuse the update with torch.compile.
         seed: of the first P and of the rounding; the same on all processes.
 
@@ -208,7 +206,7 @@ class GaLoreAdamW(Stored):
 
     def far(self, p: Tensor) -> bool:
         """Does the state of p live in host memory?"""
-        return self.offload and not self.group[p]["rank"] and p.numel() >= LARGE
+        return self.offload and not self.group[p]["rank"] and p.ndim > 1
 
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""

@@ -469,7 +469,6 @@ def test_resume_is_bit_for_bit(tmp_path, way, direction, bits, dtype, monkeypatc
     """Saved after 5 steps, loaded with weights_only=True into new objects whose state is in host memory, 5
     more give the bits of 10."""
     monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # so that some of these small matrices are 8-bit
-    monkeypatch.setattr(galore, "LARGE", 512)
     options = dict(dtype=dtype, state_bits=bits, direction=direction)
     unbroken, _ = trained(way, 10, **options)
     options["offload"] = True

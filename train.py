@@ -109,7 +109,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
     add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
     add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
-    add("--offload", action=switch, help="keep the state of large matrices without a rank in host memory")
+    add("--offload", action=switch, help="keep the state of matrices without a rank in host memory")
     add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
     add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
     add("--lr", type=rate, help="peak learning rate")

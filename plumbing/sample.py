@@ -65,27 +65,24 @@ def main():
         allow_abbrev=False)
     gpu = torch.accelerator.current_accelerator(check_available=True)
     there = [gpu.type, "cpu"] if gpu else ["cpu"]
-    defaults = dict(tokens=200, temperature=0.8, top_k=None, seed=torch.seed(), device=there[0])
     add = parser.add_argument
     add("source", metavar="RUN", help="a folder of train.py, or of Hugging Face's form")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="goes on with it")
     what.add_argument("--export", metavar="DIR", help="a folder to make, that transformers opens")
     add("--tokenizer", help="if RUN has none")
-    add("--tokens", type=within(1), help="at most so many (default: 200)")
-    add("--temperature", type=within(0.0), help="0: always the likeliest token (default: 0.8)")
-    add("--top_k", type=within(1), help="sample among the k likeliest tokens")
-    add("--seed", type=within(0, 2**63 - 1), help="gives the same text each time")
-    add("--device", choices=there, help=f"of those there are (default: {there[0]})")
+    drawn = [add("--tokens", type=within(1), default=200, help="at most so many (default: 200)"),
+             add("--temperature", type=within(0.0), default=0.8, help="0: the likeliest token (default: 0.8)"),
+             add("--top_k", type=within(1), help="sample among the k likeliest tokens"),
+             add("--seed", type=within(0, 2**63 - 1), default=torch.seed(), help="for the same text again"),
+             add("--device", choices=there, default=there[0], help=f"default: {there[0]}")]
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):    # as Ctrl-C: nothing half written stays
         signal.signal(number, signal.default_int_handler)
     try:
-        for option, default in defaults.items():
-            if getattr(args, option) is None:
-                setattr(args, option, default)
-            elif args.export:
-                raise ValueError(f"--{option} has no effect with --export: leave it out")
+        for option in drawn:
+            if args.export and getattr(args, option.dest) != option.default:
+                raise ValueError(f"--{option.dest} has no effect with --export: leave it out")
         if args.export:
             hf.empty(args.export)    # now, not after minutes of reading
         elif not args.prompt:
