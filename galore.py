@@ -351,6 +351,6 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
     if left_out:
         warnings.warn(f"matrices in blocks that get no rank: {', '.join(sorted(left_out))}", stacklevel=2)
     T, L = update_proj_gap, len(blocks)
-    common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, L // 2))
+    common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, -(-L // 2)))
     groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]
     return [*groups, dict(params=rest)]

@@ -12,7 +12,7 @@ Letters in the shapes at line ends
     L        blocks                                  S      positions in the key-value cache
 
 Parameters carry Hugging Face's names. Every projection is an nn.Linear called as a module: its forward can be
-swapped. Only the training loss reads lm_head.weight itself. Nothing reads a tensor's value in Python: a step
+swapped. Only the loss reads lm_head.weight itself. Nothing reads a tensor's value in Python: a step
 also runs on fake tensors, and its memory is measured so, without a GPU. Each block can be compiled on its
 own, `block.compile(fullgraph=True)`: norm, RoPE and SwiGLU then take and keep no memory of their own.
 
@@ -21,7 +21,7 @@ RMSNorm (1910.07467), RoPE (2104.09864; scaled 2407.21783), SwiGLU (2002.05202),
 
 Left out on purpose: dropout, biases, sliding windows, YaRN, padding, masks, ignored targets, beam search.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-@dataclass(unsafe_hash=True)
+@dataclass
 class Config:
-    """A model's shape, named as in Hugging Face's LlamaConfig. ValueError if the heads do not divide."""
+    """A model's shape, named as in Hugging Face's LlamaConfig. ValueError if the heads do not divide,
+    or head_dim is odd."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -41,7 +42,7 @@ class Config:
     head_dim: int | None = None             # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = field(default=None, hash=False)     # rope_type "linear" or "llama3": see rope
+    rope_scaling: dict | None = None        # factor alone: linear; with low_freq_factor: llama3. See rope
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048     # only carried along: RoPE is computed for whatever length comes
 
@@ -138,7 +139,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, recompute=False) -> Tensor:
-        if recompute and self.training and torch.is_grad_enabled():
+        if recompute and torch.is_grad_enabled():
             # In here: a checkpoint around a compiled block would repeat more than its backward pass needs.
             return checkpoint(self.forward, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
@@ -149,14 +150,13 @@ class Block(nn.Module):
 
 def loss_of_chunk(z: Tensor, targets: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross-entropies of logits z (n, V) with targets (n, 1); its gradient / count in z's dtype.
-    Compiled it reads z twice and has no copy in fp32."""
-    wide = z.float()
-    log_sum = wide.logsumexp(dim=1, keepdim=True)                                       # (n, 1)
-    loss = (log_sum - wide.gather(1, targets)).sum()
+    Compiled it makes three passes over z, and has no copy in fp32."""
+    log_p = z.float().log_softmax(dim=1)                                                # (n, V)
+    loss = -log_p.gather(1, targets).sum()
     if not training:
         return loss, None
-    dz = ((wide - log_sum).exp() - F.one_hot(targets[:, 0], z.size(1))) / count         # (n, V)
-    return loss, dz.to(z.dtype)
+    at_target = targets == torch.arange(z.size(1), device=z.device)                     # (n, V)
+    return loss, log_p.exp_().add_(at_target, alpha=-1).div_(count).to(z.dtype)         # softmax - onehot
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -186,7 +186,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if made is None else made.mul_(dloss) for made in ctx.saved_tensors), *[None] * 4
 
 
-CHUNK_LOGITS = 1024 * 32000    # logits alive at once: 131 MB in fp32, 1024 tokens at the paper's vocabulary
+CHUNK_LOGITS = 1024 * 32000    # of a chunk: 131 MB in fp32, 1024 tokens at the paper's vocabulary
 
 
 def cross_entropy(x: Tensor, W: Tensor, targets: Tensor, rows: int | None = None,
@@ -255,8 +255,8 @@ class Llama(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, generator: torch.Generator | None = None):
-        """Yields max_new_tokens times (B, 1): so tokens (B, T) go on. Temperature 0 takes the likeliest;
-        top_k samples among the k likeliest. ValueError if one of these is too small."""
+        """Yields the next token (B, 1) of tokens (B, T), max_new_tokens times. Temperature 0 takes the
+        likeliest; top_k samples among the k likeliest. ValueError if T, temperature or top_k is too small."""
         (B, T), c, new = tokens.shape, self.config, tokens
         if T == 0 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"generate needs T, top_k > 0 and temperature >= 0: {T}, {top_k}, {temperature}")

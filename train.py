@@ -414,13 +414,15 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
     return model, opt, stream, val, log
 
 
-def sample(model: Llama, tokenizer, args: argparse.Namespace) -> None:
+def sample(model: Llama, tokenizer, args: argparse.Namespace, brake: Brake) -> None:
     """Shows what was learnt: three texts of lengths that were seen in training."""
     tell("sample:")
     beginning = "\n\n\ndef " if args.data == "python" else "The"  # else it takes some def for a deep one
-    with redirect_stdout(sys.stderr):
+    brake.idle = True  # the checkpoint is written: an interrupt ends it at once
+    with redirect_stdout(sys.stderr), suppress(KeyboardInterrupt):
         for seed in range(3):
-            go_on(model, tokenizer, beginning, min(200, args.seq_len), temperature=0.6, top_k=50, seed=seed)
+            if not brake.asked:
+                go_on(model, tokenizer, beginning, min(200, args.seq_len), 0.6, top_k=50, seed=seed)
     tell(f"\nmore of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
 
@@ -449,7 +451,7 @@ def main() -> None:
         return tell("interrupted before the first step: there is nothing to save")
     scores = train(model, opt, args, checkpoint, stream, val, log, brake)
     if scores and math.isfinite(scores["val_loss"]) and not RANK and not brake.problem:
-        sample(model, stream.tokenizer, args)
+        sample(model, stream.tokenizer, args, brake)
     log.close()
     if world() > 1:
         over_all(0)  # none leaves before the checkpoint is written: torchrun would end the others

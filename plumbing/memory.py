@@ -1,8 +1,9 @@
 """How much memory does a training step take? The step itself, run on tensors that have no memory.
 
 Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker
-sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. Only
-where update and loss are compiled, stand-ins make no more than they do: follow them when you change these.
+sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. But
+stand-ins take no more than attention and norm do, and, where a step is compiled, SwiGLU, loss and update:
+follow them when you change these.
 The step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
 blocks are due for a refresh as in the fullest step.
 
@@ -10,7 +11,7 @@ The peak of each part of a step is linear in the number of equal blocks, of thos
 and of those that compute them again: models of few blocks tell of all. It is linear in the micro-batch, too,
 from a whole chunk of the loss and three micro-batches on. Otherwise it is no more than the same line.
 
-Left out: the CUDA context (about half a GB), workspaces of kernels, gaps. torch.compile takes about this.
+Left out: the CUDA context (about half a GB), workspaces of kernels, gaps.
 """
 from contextlib import ExitStack
 from functools import cache, partial
@@ -36,7 +37,7 @@ def attention(q, k, v, *options, **more):
 
 
 def rms_norm(x, shape, weight, eps):
-    """The fused kernel keeps x and a number per row, as this one does. Meta tensors would get the formula."""
+    """The fused kernel keeps x and a number per row, this one two. Meta tensors would get the formula."""
     return F.layer_norm(x, shape, weight, eps=eps)
 
 
@@ -65,7 +66,7 @@ def nothing(*args, **more):
     pass
 
 
-# What is put aside while a step is simulated, and what more where update and loss are compiled.
+# What is put aside while a step is simulated, and what more where it is compiled.
 STAND_INS = {"torch.Generator": lambda device: CPU,  # there is none for meta tensors
              "torch.distributed.is_initialized": lambda: False,  # nor can they be sent
              "torch.nn.functional.scaled_dot_product_attention": attention,
@@ -83,7 +84,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
     build(*blocks): a model on "meta" of blocks that recompute and that keep, its optimiser, and how many
     micro-batches a step has; step(model, opt, batches, micro_batches): takes it; due: how many blocks are
     refreshed, one of them the last, whose backward pass comes first; tokens: sequences, tokens of each;
-    compiled: are update and loss?
+    compiled: is the step?
     """
     from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
@@ -111,7 +112,7 @@ def simulate(build, step, blocks: tuple[int, int], due: int, tokens: tuple[int, 
         opt.arm()
 
         def gradient(leaf):
-            if leaf.grad is not None:  # else its weight has moved already
+            if leaf.grad is not None:  # None: its weight has moved already
                 tracker._update_and_maybe_create_winfos(leaf.grad, _MemRefType.GRAD)
 
         for leaf in map(opt.leaf, opt.group):
@@ -191,7 +192,7 @@ def fit(args, config: Config, plan) -> None:
     at most 8,192 tokens at once and none. Prints the plan if args.plan is set.
 
     plan(args, config, batch_size): a function of the blocks that recompute, to GB by kind of a step. Raises
-    ValueError if the run does not fit, or no step can be simulated; where both are given nothing is."""
+    ValueError if the run does not fit, or no step can be simulated."""
     gpu, blocks = args.device == "cuda", config.num_hidden_layers
     simulated = args.plan or gpu and None in (args.batch_size, args.recompute)
     check(not args.exact or not simulated, "--exact takes an SVD, which cannot be simulated: do without "
@@ -216,7 +217,8 @@ def fit(args, config: Config, plan) -> None:
     need = total(table)
     if args.plan:
         print("\n".join(f"{kind:<12}{share:9.3f} GB" for kind, share in table.items()))
-        print(f"--batch_size {args.batch_size}, --recompute {args.recompute}; {free:.2f} GB are free"
+        card = " on an RTX 4090" * (not gpu)
+        print(f"--batch_size {args.batch_size}, --recompute {args.recompute}; {free:.2f} GB are free{card}"
               f"{': THIS RUN DOES NOT FIT' * (need >= free)}\npeak {need:.2f} GB")
     check(args.plan or need < free, f"this run needs {need:.1f} GB, {args.device} has {free:.1f}: take a "
           "lower --rank, --state_bits 8, --weight_bits 8, or a smaller --size")

@@ -25,7 +25,7 @@ def read(source, name):
     folder = Path(source)
     run = read_checkpoint(folder) if checkpoints(folder) else None
     if not run and not (folder / "config.json").exists():
-        raise ValueError(f"{source} holds no checkpoint-STEP.pt, as a run does, and no config.json")
+        raise ValueError(f"{folder} holds no checkpoint-STEP.pt, as runs do, and no config.json")
     if name and (run or (folder / "tokenizer.json").exists()):
         raise ValueError(f"{source} has a tokenizer of its own: leave --tokenizer out")
     if run:
@@ -72,13 +72,14 @@ def main():
     what.add_argument("--export", metavar="DIR", help="a folder to make, that transformers opens")
     add("--tokenizer", help="if RUN has none")
     drawn = [add("--tokens", type=within(1), default=200, help="at most so many (default: 200)"),
-             add("--temperature", type=within(0.0), default=0.8, help="0: the likeliest token (default: 0.8)"),
+             add("--temperature", type=within(0.0), default=0.8, help="0: the likeliest (default: 0.8)"),
              add("--top_k", type=within(1), help="sample among the k likeliest tokens"),
              add("--seed", type=within(0, 2**63 - 1), default=torch.seed(), help="for the same text again"),
              add("--device", choices=there, default=there[0], help=f"default: {there[0]}")]
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):    # as Ctrl-C: nothing half written stays
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants SIGHUP
+            signal.signal(number, signal.default_int_handler)
     try:
         for option in drawn:
             if args.export and getattr(args, option.dest) != option.default:

@@ -134,7 +134,7 @@ def write_folder(tokenizer, folder: Path) -> None:
     if "hf-" in tokenizer.name:
         return copy_files(tokenizer.source, folder)
     if tokenizer.name == "bytes":
-        return tell("no tokenizer files: with --tokenizer bytes the ids are a text's bytes, and 256 its end")
+        return tell("no tokenizer files: prompt it with --tokenizer bytes. Ids are bytes, 256 is the end")
     try:
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError:
