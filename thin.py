@@ -192,7 +192,8 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     for p in opt.proxies if weight_bits else ():
         codes, opt.scales[p] = narrow(p.detach())
         p.requires_grad_(False).data = codes
-    model.to(device)
+    if device is not None:  # fake tensors cannot even be moved to where they are
+        model.to(device)
     opt.scales = {p: scale.to(device) for p, scale in opt.scales.items()}
     for module in opt.modules:
         module.__class__ = ThinModule
