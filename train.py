@@ -415,14 +415,15 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
 
 
 def sample(model: Llama, tokenizer, args: argparse.Namespace, brake: Brake) -> None:
-    """Shows what was learnt: three texts of lengths that were seen in training."""
+    """Shows what was learnt: three short texts. An interrupt ends them at once: the checkpoint is written."""
     tell("sample:")
     beginning = "\n\n\ndef " if args.data == "python" else "The"  # else it takes some def for a deep one
-    brake.idle = True  # the checkpoint is written: an interrupt ends it at once
+    brake.idle = True
     with redirect_stdout(sys.stderr), suppress(KeyboardInterrupt):
         for seed in range(3):
             if not brake.asked:
                 go_on(model, tokenizer, beginning, min(200, args.seq_len), 0.6, top_k=50, seed=seed)
+    brake.idle = False
     tell(f"\nmore of it:      python model.py {args.out_dir} --prompt TEXT\n"
          f"take it with you: python model.py {args.out_dir} --export DIR")
 

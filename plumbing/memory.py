@@ -2,8 +2,8 @@
 
 Meta tensors have shapes and nothing else, so a step of the 7B model runs on a laptop. PyTorch's MemTracker
 sees each tensor come and go. So the plan follows whatever model and optimiser do, in changed code, too. But
-stand-ins take no more than attention and norm do, and, where a step is compiled, SwiGLU, loss and update:
-follow them when you change these.
+attention and norm have stand-ins, and, where the step is compiled, SwiGLU, loss and update. Change these
+together with them.
 The step is a late one, when every state is there, and has a first, a middle and a last micro-batch. As many
 blocks are due for a refresh as in the fullest step.
 

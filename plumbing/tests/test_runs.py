@@ -12,12 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train  # noqa: E402
-from model import Llama  # noqa: E402
+from galore import GaLoreAdamW, param_groups  # noqa: E402
+from model import Config, Llama, rope  # noqa: E402
 from plumbing import files, memory, shards  # noqa: E402
 from test_galore import C4, FEW, c4_like, log_of, newest, opened, refused, run, targets  # noqa: E402
 from test_galore import alone, few, tokens  # noqa: E402, F401
@@ -222,6 +224,39 @@ def test_a_compiled_update_makes_the_factors_of_its_products():
     z, t = torch.randn(3, 7, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.long)
     for stands, real in zip(memory.loss_of_chunk(z, t, 3, True), Llama.loss_of_chunk(z, t, 3, True)):
         assert (stands.shape, stands.dtype) == (real.shape, real.dtype)
+
+
+def test_a_compiled_block_keeps_what_stands_for_it():
+    """Compiled, norm and SwiGLU keep no more for the backward pass than in the plan, and eager they would."""
+    config = Config(64, 64, 172, 1, 4)
+    block = Llama(config, dtype=torch.bfloat16).model.layers[0]
+    x, turns = torch.randn(8, 32, 64, dtype=torch.bfloat16), rope(0, 32, config, torch.device("cpu"))
+
+    def kept(run):
+        storages = {}
+        pack = lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            run(x.requires_grad_(), *turns)
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    with (mock.patch("torch.nn.functional.rms_norm", memory.rms_norm),
+          mock.patch("torch.nn.functional.silu", memory.COMPILED["torch.nn.functional.silu"])):  # fmt: skip
+        planned = kept(block)
+    torch._dynamo.reset()
+    backend = "aot_eager_decomp_partition"  # Inductor's choice of what is kept, without its code
+    compiled = kept(torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False))
+    assert 0.99 * compiled < planned < 1.01 * compiled < 0.8 * kept(block)
+
+
+@pytest.mark.parametrize("blocks", [5, 12, 31, 32])
+def test_no_more_than_two_blocks_are_due_at_once(blocks):
+    """As the plan takes it to be."""
+    model = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+    opt, most = GaLoreAdamW(param_groups(model, 4)), []
+    for _ in range(5 * blocks):
+        opt.step()
+        most.append(len(opt.turning))
+    assert max(most) == 2
 
 
 def test_what_is_chosen_for_one_machine_is_not_kept():
