@@ -13,11 +13,12 @@ Parts, most valuable first; each runs in a process of its own, with a time limit
     7b         131,072 tokens a step: tokens/s, share of that peak; memory, with clipping too; where the time of a micro-batch goes
     correct    what the tests hold on a CPU, on this card: basis, codes, the CPU's weights after refreshes, 8 bits, thin = plain,
                resuming, compiled = eager, no wait for the host
-    7b_256     256 tokens a step, the paper's record of memory: ours, and galore-torch's GaLoreAdamW8bit
+    7b_256     256 tokens a step, the paper's record of memory: ours, where its time goes, and galore-torch's GaLoreAdamW8bit
     1b         131,072 tokens a step: ours, torch.optim.AdamW(fused=True), bitsandbytes' Adam8bit, APOLLO
     readme     the README's own command at 7B, four steps on TEXT
-    60m        tokens/s of the 60M model, compiled and eager
     refresh    all 224 bases of the 7B model, against torch.linalg.svd
+    int8       7B with int8 weights, r = 512: memory and tokens/s
+    60m        tokens/s of the 60M model, compiled and eager
     curves     60M on --articles, the same tokens: GaLore, Muon's direction, AdamW, torch's Muon, galore-torch (not among the default parts)
 
 A second process takes all memory but --cap GiB, so that nothing here has more than a 24 GB card shows. A figure is in the file
@@ -392,6 +393,7 @@ def at_256_tokens(report) -> None:
     case = build(report, "7b", 1024, 1, 1)
     least = worst_memory(report, case, what, 20.5)
     rate = speed(report, case, what)["tokens/s"]
+    where_time_goes(report, case)
     if report.args.alone:
         return
     clean(report.live)
@@ -523,6 +525,14 @@ def refresh(report) -> None:
     report.row(f"torch.linalg.svd of {m} x {m}", seconds=svd, **{"longer than all 224 refreshes, if 224 are taken": 224 * svd / ours})
 
 
+def int8(report) -> None:
+    for what, batch, total, limit, flag in ("256 tokens", 1, 1, 11.4, "--recompute=0"), ("131,072 tokens", 4, 512, 14.0, "--recompute=32"):
+        clean(report.live)
+        case = build(report, "7b", 512, batch, total, "--weight_bits=8", flag)
+        worst_memory(report, case, f"7B, int8, r = 512, {what}", limit, micro=min(2, total))
+        speed(report, case, f"7B, int8, r = 512, {what}", 6.0)
+
+
 def sixty(report) -> None:
     case = build(report, "60m", 128, 128, 512, "--state_bits=32")
     for name in ("compiled", "eager") if report.compile else ("eager",):
@@ -578,8 +588,8 @@ def curves(report) -> None:
 
 
 PARTS = {  # function, and its limit in seconds
-    "preflight": (preflight, 40), "7b": (seven, 170), "correct": (correct, 90), "7b_256": (at_256_tokens, 80), "1b": (one, 110), "readme": (readme, 150),
-    "60m": (sixty, 60), "refresh": (refresh, 45), "curves": (curves, 300)}  # fmt: skip
+    "preflight": (preflight, 40), "7b": (seven, 170), "correct": (correct, 90), "7b_256": (at_256_tokens, 80), "1b": (one, 110), "readme": (readme, 170),
+    "refresh": (refresh, 45), "int8": (int8, 80), "60m": (sixty, 60), "curves": (curves, 300)}  # fmt: skip
 
 
 def compiles(device: str) -> bool:

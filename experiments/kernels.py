@@ -47,7 +47,7 @@ PRETEND = {  # that such a card is there
     "torch._inductor.compile_fx._check_triton_bf16_support": lambda _: None,
     "torch._inductor.scheduler.has_triton": lambda *_: True,
     "torch.cuda.get_device_properties": lambda *_: SimpleNamespace(
-        **CARD, minor=9, gcnArchName="", shared_memory_per_block_optin=101376, total_memory=24 << 30),
+        **CARD, minor=9, name="NVIDIA GeForce RTX 4090", gcnArchName="", shared_memory_per_block_optin=101376, total_memory=24 << 30),
     "torch.cuda.get_device_capability": lambda *_: (8, 9),
     "torch.cuda.current_device": lambda: 0,
     "torch.cuda._lazy_init": lambda: None,
