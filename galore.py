@@ -247,7 +247,7 @@ class GaLoreAdamW(Stored):
             ok = self.norms[p] < torch.inf  # False for NaN, too
         group, own = self.group[p], self.state[p]
         own["t"] += 1  # on the host, which does not know `ok`
-        state = {k: x.to(p.device, non_blocking=True) for k, x in own.items() if k != "t"}
+        state = {k: x.to(p.device, copy=self.far(p), non_blocking=True) for k, x in own.items() if k != "t"}
         direction, names = DIRECTIONS[self.direction if "P" in state else "adam"]
         bias = [torch.tensor(1 - beta ** own["t"]) for beta in group["betas"]]
         # Adam works on elements. In blocks, the same memory, it compiles to one kernel.
