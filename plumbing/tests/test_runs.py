@@ -129,8 +129,14 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
 def test_the_fastest_that_fits_is_chosen(free, sizes, counts, expected):
     """Of all micro-batches and numbers of blocks that recompute; the smallest, if none fits."""
     peaks = lambda size: lambda count: dict(weights=1.0, activations=size * (5 - count) / 5)  # noqa: E731
-    size, count, table = memory.choose(peaks, sizes, counts, free, 4, 100, [4, 8][: 2 * (len(sizes) > 2)])
+    size, count, table = memory.choose(peaks, sizes, counts, free, 4, 500, [4, 8][: 2 * (len(sizes) > 2)])
     assert (size, count) == expected and table == pytest.approx(peaks(size)(count))
+
+
+def test_what_is_chosen_fits_beyond_the_line():
+    """From 16 on it takes 3 GB more than the line says: so 8 is chosen, though 16 seemed to fit."""
+    peaks = lambda size: lambda count: dict(activations=size + 3.0 * (size > 8))  # noqa: E731
+    assert memory.choose(peaks, [4, 8, 16], [0], 17, 4, 100, [4, 8]) == (8, 0, dict(activations=8.0))
 
 
 @pytest.fixture
@@ -212,6 +218,20 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
     assert plan["state"] == pytest.approx(sum(x.nbytes for x in states) / 1e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("options, measured", [
+    ("--batch_size 1 --total_batch_size 1 --recompute 0", 19.65),
+    ("--batch_size 16 --total_batch_size 32 --recompute 32", 23.76),
+    ("--batch_size 4 --total_batch_size 8 --recompute 32 --grad_clipping 1", 22.83),
+    ("--batch_size 1 --total_batch_size 1 --recompute 0 --weight_bits 8 --rank 512", 11.04),
+    ("--batch_size 4 --total_batch_size 8 --recompute 32 --weight_bits 8 --rank 512", 12.59),
+    ("--batch_size 16 --recompute 32 --vocab_size 50304 --offload", 24.14)])
+def test_the_plan_is_what_a_gpu_measured(options, measured):
+    """An H200, at 7B: results/gpu.json. The last ran out of memory, and its note says what was live, and asked for."""
+    words = f"--size 7b --galore --rank 1024 --vocab_size 32000 --no-offload --plan --device cpu {options}"
+    args, config, _ = train.settle(words.split())
+    assert sum(train.plan(args, config, args.batch_size)(args.recompute).values()) == pytest.approx(measured, rel=4e-3)
+
+
 def test_a_compiled_update_makes_the_factors_of_its_products():
     """Of opt.step() the plan has, to some scalars, R, Y, N, P and P N of the largest matrix. What stands for
     the loss returns what that does."""
@@ -284,7 +304,7 @@ def test_the_plan_is_printed(monkeypatch, tmp_path):
     words = f"{PLAN} --recompute 0 --total_batch_size 1".split()
     *kinds, chosen, peak = run(tmp_path, *words, "--plan").strip().splitlines()
     assert [line.split()[0] for line in kinds] == [*memory.KINDS] and not list(tmp_path.iterdir())
-    assert "--batch_size 1, --recompute 0; 24.14 GB are free" in chosen
+    assert "--batch_size 1, --recompute 0; 23.98 GB are free" in chosen
     assert float(peak.split()[1]) == pytest.approx(sum(float(line.split()[1]) for line in kinds), abs=0.01)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**7))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
