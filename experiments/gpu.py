@@ -282,7 +282,7 @@ def where_time_goes(report, case) -> None:
 
 
 def breakdown(report, events: list[dict], wall: float) -> None:
-    """Rows of what was busy for how long, and of the 15 longest kernels, from a trace (in microseconds) of a step of `wall` seconds."""
+    """Rows of what was busy for how long, and of the 5 longest kernels, from a trace (in microseconds) of a step of `wall` seconds."""
     events, kernel = sorted((e for e in events if "dur" in e), key=lambda e: e["ts"]), "kernel" if torch.cuda.is_initialized() else "cpu_op"
     updates = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == "update"]
     launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
@@ -296,7 +296,7 @@ def breakdown(report, events: list[dict], wall: float) -> None:
         for table, key in (kinds, f"{whose}: {kind}"), (kernels, e["name"][:120]):
             table[key] = table.get(key, 0.0) + e["dur"] / 1e3
     report.row("one micro-batch and the update", **{"ms": 1e3 * wall, "GPU busy ms": busy / 1e3, "idle share": 1 - busy / 1e6 / wall})
-    for name, ms in [*sorted(kinds.items()), *sorted(kernels.items(), key=lambda item: -item[1])[:15]]:
+    for name, ms in [*sorted(kinds.items()), *sorted(kernels.items(), key=lambda item: -item[1])[:5]]:
         report.row(name, ms=ms, share=ms / 1e3 / wall)
 
 

@@ -189,8 +189,8 @@ def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, 
     """Micro-batch, how many blocks recompute, and GB by kind: the fastest that fits, else the smallest.
 
     A step is taken to last as three forward passes, and one of the blocks that recompute, of micro-batches
-    with 500 tokens more, for what does not depend on their size. (7B: 100 on a 4090, by the bytes of
-    kernels.py; 1,350 measured on an H200, whose host could not launch faster.)
+    with 200 tokens more, for what does not depend on their size. (7B: 100 on a 4090, by the bytes of
+    kernels.py, and 1,350 on an H200, measured, whose host could not launch faster.)
 
     peak(size): a function of the count to GB by kind; sizes: rising; counts: rising; free: GB; blocks: of the
     model; linear: sizes through whose peaks a line is drawn for all; if there are not two, all are simulated.
@@ -202,7 +202,7 @@ def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, 
         low, high = (peak(size)(count) for size in linear[:2])
         return line(low, (low, high, (size - linear[0]) / (linear[1] - linear[0])))
 
-    fits = sorted(((3 + count / blocks) * (1 + 500 / (size * seq_len)), size, count)
+    fits = sorted(((3 + count / blocks) * (1 + 200 / (size * seq_len)), size, count)
                   for size in sizes for count in counts if total(at(size, count)) < free)
     for _, size, count in [*fits, (0, sizes[0], counts[-1])]:
         table = peak(size)(count)

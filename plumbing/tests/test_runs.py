@@ -129,7 +129,7 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
 def test_the_fastest_that_fits_is_chosen(free, sizes, counts, expected):
     """Of all micro-batches and numbers of blocks that recompute; the smallest, if none fits."""
     peaks = lambda size: lambda count: dict(weights=1.0, activations=size * (5 - count) / 5)  # noqa: E731
-    size, count, table = memory.choose(peaks, sizes, counts, free, 4, 500, [4, 8][: 2 * (len(sizes) > 2)])
+    size, count, table = memory.choose(peaks, sizes, counts, free, 4, 200, [4, 8][: 2 * (len(sizes) > 2)])
     assert (size, count) == expected and table == pytest.approx(peaks(size)(count))
 
 
