@@ -54,6 +54,7 @@ import data  # noqa: E402
 import galore  # noqa: E402
 import train  # noqa: E402
 from model import Llama  # noqa: E402
+from runs import pretty  # noqa: E402
 
 STANCE = {"compiled": "default", "eager": "force_eager"}  # in the latter, what is compiled is called uncompiled
 BALLAST = """import sys, torch
@@ -74,7 +75,7 @@ class Report:
     def write(self, line: str, **figures) -> None:
         print(line, ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()), flush=True)
         part = self.args.out.with_suffix(".part")
-        part.write_text(json.dumps(self.all, indent=1) + "\n")
+        part.write_text(pretty(self.all) + "\n")
         part.replace(self.args.out)
 
     def part(self, name: str, **state) -> None:
