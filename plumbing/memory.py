@@ -8,11 +8,11 @@ The step is a late one, when every state is there, and has a first, a middle and
 blocks are due for a refresh as in the fullest step.
 
 The peak of each part of a step is linear in the number of equal blocks, of those that keep their activations
-and of those that compute them again: models of few blocks tell of all. It is linear in the micro-batch, too,
-from a whole chunk of the loss and three micro-batches on. Otherwise it is no more than the same line.
+and of those that compute them again: models of few blocks tell of all.
 
 Left out: the CUDA context (about half a GB), libraries, gaps.
 """
+from bisect import bisect_left
 from contextlib import ExitStack
 from functools import cache, partial
 from unittest import mock
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from adam8bit import check, scale_key
 from galore import adam
-from model import CHUNK_LOGITS, Config
+from model import Config
 from plumbing.files import over_all, world
 
 CPU = torch.Generator()
@@ -184,31 +184,26 @@ def room(free: float) -> float:
     return max(0.98 * free - 0.4, 0.0)
 
 
-def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int, seq_len: int,
-           linear: list[int]) -> tuple[int, int, dict]:  # fmt: skip
+def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int,
+           seq_len: int) -> tuple[int, int, dict]:  # fmt: skip
     """Micro-batch, how many blocks recompute, and GB by kind: the fastest that fits, else the smallest.
 
     A step is taken to last as three forward passes, and one of the blocks that recompute, of micro-batches
     with 200 tokens more, for what does not depend on their size. (7B: 100 on a 4090, by the bytes of
     kernels.py, and 1,350 on an H200, measured, whose host could not launch faster.)
 
-    peak(size): a function of the count to GB by kind; sizes: rising; counts: rising; free: GB; blocks: of the
-    model; linear: sizes through whose peaks a line is drawn for all; if there are not two, all are simulated.
+    peak(size): a function of the count to GB by kind; sizes, counts: rising; free: GB; blocks: of the model.
     """
+    def cost(size, count):
+        return (3 + count / blocks) * (1 + 200 / (size * seq_len))
 
-    def at(size, count):
-        if len(linear) < 2:
-            return peak(size)(count)
-        low, high = (peak(size)(count) for size in linear[:2])
-        return line(low, (low, high, (size - linear[0]) / (linear[1] - linear[0])))
-
-    fits = sorted(((3 + count / blocks) * (1 + 200 / (size * seq_len)), size, count)
-                  for size in sizes for count in counts if total(at(size, count)) < free)
-    for _, size, count in [*fits, (0, sizes[0], counts[-1])]:
-        table = peak(size)(count)
-        if total(table) < free:  # the line is a little too low for some
-            break
-    return size, count, table
+    best = sizes[0], counts[-1]
+    too_large = bisect_left(sizes, True, key=lambda size: total(peak(size)(counts[-1])) >= free)
+    for size in reversed(sizes[:too_large]):
+        if cost(size, counts[0]) < cost(*best):
+            count = next(count for count in counts if total(peak(size)(count)) < free)
+            best = min(best, (size, count), key=lambda pair: cost(*pair))
+    return *best, peak(best[0])(best[1])
 
 
 def fit(args, config: Config, plan) -> None:
@@ -228,12 +223,10 @@ def fit(args, config: Config, plan) -> None:
     if not simulated:
         args.batch_size, args.recompute = sizes[-1], counts[0]
         return
-    linear = [size for size in sizes if size * args.seq_len >= CHUNK_LOGITS // config.vocab_size
-              and 3 * size * world() <= args.total_batch_size]
     free = room(-over_all(-torch.cuda.mem_get_info()[0] / 1e9) if gpu else CARD)  # GB, on the fullest GPU
     try:
         args.batch_size, args.recompute, table = choose(
-            cache(partial(plan, args, config)), sizes, counts, free, blocks, args.seq_len, linear)
+            cache(partial(plan, args, config)), sizes, counts, free, blocks, args.seq_len)
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
         # Another torch, or a model whose steps depend on values.
         raise ValueError(f"no step can be simulated here ({type(error).__name__}: {error}): give "
