@@ -220,7 +220,7 @@ def test_the_plan_is_what_a_tracker_sees_of_a_real_step(options, monkeypatch):
     ("--batch_size 4 --total_batch_size 8 --recompute 32 --weight_bits 8 --rank 512", 12.59),
     ("--batch_size 16 --recompute 32 --vocab_size 50304 --offload", 24.14)])
 def test_the_plan_is_what_a_gpu_measured(options, measured):
-    """An H200, at 7B (experiments/results/gpu.json). The last is what was live, and asked for, when memory ran
+    """An H200, at 7B (experiments/results/gpu.json). The last is what was live and asked for when memory ran
     out: see its note."""
     words = f"--size 7b --galore --rank 1024 --vocab_size 32000 --no-offload --plan --device cpu {options}"
     args, config, _ = train.settle(words.split())
