@@ -153,7 +153,7 @@ def preflight(report) -> None:
 def build(report, size: str, rank: int | None, batch: int, total: int, *flags: str, prepare=None) -> SimpleNamespace:
     """A model, its optimiser and batches, as a command line of train.py sets them up: `batch` sequences of 256 tokens a
     micro-batch, `total` a step; bf16, 8-bit state, compiled, unless the flags say otherwise.
-    prepare: another's (model, args) -> optimiser, in place of train.py's; the blocks are compiled all the same."""
+    prepare: another's (model, args) -> optimiser, in place of train.py's; blocks and loss are compiled all the same."""
     shape = dict(size=size, vocab_size=32000, seq_len=256, batch_size=batch, total_batch_size=total)
     if report.args.quick:
         shape, rank = dict(size="toy", vocab_size=512, seq_len=32, batch_size=min(batch, 2), total_batch_size=min(total, 8)), rank and 64
@@ -168,8 +168,10 @@ def build(report, size: str, rank: int | None, batch: int, total: int, *flags: s
     case = SimpleNamespace(args=args, config=config, model=model, opt=None, batches=batches, command=" ".join(words))
     report.live.append(case)
     case.opt = (prepare or train.prepare)(model, args)
-    for block in model.model.layers if prepare and args.compile else ():
-        block.compile(fullgraph=True, dynamic=False)
+    if prepare and args.compile:  # as train.prepare does it
+        for block in model.model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        model.loss_of_chunk = torch.compile(model.loss_of_chunk, fullgraph=True, dynamic=False)
     return case
 
 
@@ -196,15 +198,14 @@ def step(case, micro: int = 1) -> torch.Tensor:
 
 
 def stand(case, due: bool) -> None:
-    """As if so many steps had been taken that in the next one P of the last block is due, or of none; past the early refreshes."""
+    """As if so many steps had been taken that P of the last block and of the first is due in the next step; or in none to come."""
     opt = case.opt
     if isinstance(opt, galore.GaLoreAdamW):
-        for t in range(150, 1500):
-            for group in opt.param_groups:
-                group["t"] = t
-            ranked = [group for group in opt.param_groups if group["rank"]]
-            if opt.due(ranked[-1]) if due else not any(map(opt.due, ranked)):
-                break
+        ranked = [group for group in opt.param_groups if group["rank"]]
+        for group in ranked:
+            group.update(update_proj_gap=10**6, offset=10**5, early_gap=2, t=10**3)
+        for group in (ranked[0], ranked[-1]) if due else ():
+            group["t"] = group["offset"] - 1
         opt.arm()
 
 
@@ -224,14 +225,14 @@ def speed(report, case, what: str, within: float = 20.0) -> dict:
         timed = min(timed, whole)
         took = typical(lambda: step(case, timed), 3, within) + (whole - timed) * each
     work = 6 * case.model.num_parameters() * whole * tokens / took / 1e12
-    peak = report.all["conditions"]["bf16 TFLOP/s, sustained"]
+    peak = report.all["conditions"].get("bf16 TFLOP/s, sustained", float("nan"))  # of preflight
     figures = {"tokens/s": whole * tokens / took, "TFLOP/s": work, "share of the peak": work / peak, "tokens a step": whole * tokens, "s a step": took}
     report.row(what, **figures, **{"micro-batches": whole, "of these timed": timed}, **more, command=case.command)
     return figures
 
 
 def worst_memory(report, case, what: str, limit: float) -> float | None:
-    """Peak of a step in which the last block's P is refreshed, which takes most, in GB, beside what train.py --plan foretells.
+    """Peak of a step in which two blocks are refreshed, as in the fullest, in GB, beside what train.py --plan foretells.
     The fullest is a micro-batch between the first, before which there is no R, and the last, in which R are dropped."""
     micro = min(3, case.args.total_batch_size // case.args.batch_size)
     for _ in range(2):  # the first compiles what it needs
@@ -247,19 +248,15 @@ def worst_memory(report, case, what: str, limit: float) -> float | None:
 
 
 def seven(report) -> None:
-    for batch in 16, 8:
-        case = build(report, "7b", 1024, batch, 512, "--recompute=32")
-        report.row("7B, built", **memory())
-        report.row("7B, first step, which compiles", seconds=seconds(lambda: step(case)), **memory())  # noqa: B023
-        what = f"7B, r = 1024, {batch} sequences a micro-batch"
-        report.bar(f"{what}, share of the sustained bf16 peak", speed(report, case, what, 15.0)["share of the peak"], ">=", 0.5)
-        worst_memory(report, case, what, 24.0 if batch == 8 else 24.2)
+    for batch, limit, flags in (8, 24.0, ()), (4, 24.0, ("--grad_clipping=1",)), (16, 24.2, ()):  # the last may not fit
+        case = build(report, "7b", 1024, batch, 512, "--recompute=32", *flags)
+        what = f"7B, r = 1024, {batch} sequences a micro-batch" + ", clipping" * len(flags)
+        report.row(f"{what}, first step, which compiles", seconds=seconds(lambda: step(case)), **memory())  # noqa: B023
+        report.bar(f"{what}, share of the sustained bf16 peak", speed(report, case, what, 8.0)["share of the peak"], ">=", 0.5)
+        worst_memory(report, case, what, limit)
         if batch == 8:
             where_time_goes(report, case)
         clean(report.live)
-    case = build(report, "7b", 1024, 4, 512, "--recompute=32", "--grad_clipping=1")
-    worst_memory(report, case, "7B, 131,072 tokens, clipping", 24.0)
-    speed(report, case, "7B, r = 1024, 4 sequences a micro-batch, clipping", 5.0)
 
 
 def where_time_goes(report, case) -> None:
@@ -478,11 +475,11 @@ def readme(report) -> None:
     """train.py as the README starts it, on real text: micro-batch and recomputation are what it chooses for what is free."""
     args, best = report.args, Path("/dev/shm")
     if not args.text:
-        return report.row("not run: --text names no text")
+        raise ValueError("not run: --text names no text")
     roomy = best.is_dir() and disk_usage(best).free > 45e9  # two checkpoints; a RAM disk is faster
     folder = Path(tempfile.mkdtemp(dir=best if roomy else None))
-    flags = f"--data {args.text} --data_dir {folder} --out_dir {folder}/run --steps 4 --warmup_steps 2 --eval_tokens 16384 --eval_every 4 --save_every 4"
-    command = f"train.py --size 7b --galore --rank 1024 {flags}".split()
+    flags = "--size 7b --galore --rank 1024 --steps 4 --warmup_steps 2 --eval_tokens 16384 --eval_every 4 --save_every 4"
+    command = ["train.py", *flags.split(), "--data", str(Path(args.text).resolve()), "--data_dir", str(folder), "--out_dir", f"{folder}/run"]
     if args.quick:
         command += "--size toy --rank 64 --total_batch_size 8 --seq_len 64 --tokenizer bytes --device cpu --eval_tokens 512".split()
     start, said, code = time.monotonic(), args.out.with_name("readme.log"), None
@@ -494,7 +491,7 @@ def readme(report) -> None:
         except subprocess.TimeoutExpired:
             report.row("stopped", seconds=within)
     whole, log = time.monotonic() - start, folder / "run" / "log.jsonl"
-    report.row("the end of what it printed", text=said.read_text()[-4000:].replace(f"{folder}/", "").replace(args.text, Path(args.text).name))
+    report.row("the end of what it printed", text=said.read_text()[-4000:].replace(f"{folder}/", "").replace(str(Path(args.text).resolve()), Path(args.text).name))
     said.unlink()
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     steps = [{k: line[k] for k in ("step", "loss", "grad_norm", "tokens_per_s", "memory_gb")} for line in lines if "tokens_per_s" in line]
@@ -564,7 +561,7 @@ def curves(report) -> None:
     device, quick, tokenizer = report.args.device, report.args.quick, data.get_tokenizer("bytes" if report.args.quick else "gpt2")
     batch, length, steps = (4, 64, 10) if quick else (128, 256, 300)
     if not report.args.articles:
-        return report.row("not run: --articles names no text")
+        raise ValueError("not run: --articles names no text")
     text, val = (data.Stream(report.args.articles, tokenizer, split, length, data_dir=tempfile.gettempdir()) for split in ("train", "val"))
     batches = [tuple(t.to(torch.int32) for t in text.batch(batch)) for _ in range(steps)]
     held = [tuple(t.to(device) for t in val.batch(min(batch, 64))) for _ in range(4)]
@@ -649,6 +646,9 @@ def main() -> None:
         return work(args)
 
     report, ballast = Report(args), None
+    here = {"torch": torch.__version__} | ({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {})
+    if report.all["conditions"].get("torch", here["torch"]) != here["torch"] or report.all["conditions"].get("gpu", here.get("gpu")) != here.get("gpu"):
+        parser.error(f"{args.out} has figures of another GPU or torch: give another --out")
     report.all["conditions"].setdefault("commands", []).append("python experiments/gpu.py " + named(sys.argv[1:]))
     if args.device == "cuda":
         ballast = subprocess.Popen([sys.executable, "-c", BALLAST, str(args.cap)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -664,7 +664,8 @@ def main() -> None:
             report.part(name, status="no time was left")
             continue
         try:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", name], timeout=min(left, PARTS[name][1]))
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", name, "--minutes", str(left / 60)],
+                           timeout=min(left, PARTS[name][1]))
         except subprocess.TimeoutExpired:
             report = Report(args)
             report.part(name, status=f"stopped after {min(left, PARTS[name][1]):.0f} s; what it had measured is here")

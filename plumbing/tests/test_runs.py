@@ -133,6 +133,13 @@ def test_the_fastest_that_fits_is_chosen(free, sizes, counts, expected):
     assert (size, count) == expected and table == pytest.approx(peaks(size)(count))
 
 
+@pytest.mark.parametrize("free", [0.5, 3.5])
+def test_one_micro_batch_may_be_the_smallest(free):
+    """As it needs no R of others. It is chosen where it alone fits, and told where nothing does."""
+    peaks = lambda size: lambda count: dict(gradients=3.0 * (size < 4), activations=size / 2)  # noqa: E731
+    assert memory.choose(peaks, [1, 2, 4], [0, 1], free, 1, 256)[0] == 4
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """C4's files, at "served". trouble: of the next requests for a name. log: names and first bytes asked."""
@@ -300,11 +307,11 @@ def test_the_plan_is_printed(monkeypatch, tmp_path):
     words = f"{PLAN} --recompute 0 --total_batch_size 1".split()
     *kinds, chosen, peak = run(tmp_path, *words, "--plan").strip().splitlines()
     assert [line.split()[0] for line in kinds] == [*memory.KINDS] and not list(tmp_path.iterdir())
-    assert "--batch_size 1, --recompute 0; 23.98 GB are free" in chosen
+    assert "--batch_size 1, --recompute 0; of 24.72 GB free on an RTX 4090 tensors may take 23.83" in chosen
     assert float(peak.split()[1]) == pytest.approx(sum(float(line.split()[1]) for line in kinds), abs=0.01)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**7))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for plan, sentence in ((lambda *_: lambda _: dict(weights=1.0), "cuda has 0.0: take a lower --rank"),
+    for plan, sentence in ((lambda *_: lambda _: dict(weights=1.0), "may take 0.0: take a smaller --size"),
                            (None, "no step can be simulated here")):  # fmt: skip
         monkeypatch.setattr(train, "plan", plan)
         assert sentence in run(tmp_path, *words, "--device", "cuda", expect=2)
