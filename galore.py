@@ -99,8 +99,7 @@ def muon(R, M, betas, dtype, **_):
     ("match_rms_adamw": steps of about Adam's size). The momentum is the first beta, 0.9; torch's is 0.95.
     """
     M = torch.lerp(M, R, 1 - betas[0])
-    X = torch.lerp(R, M, betas[0])
-    X = (X / X.norm().clamp_min(1e-7)).to(dtype)
+    X = F.normalize(torch.lerp(R, M, betas[0]), dim=(0, 1), eps=1e-7).to(dtype)
     for _ in range(5):  # X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
@@ -154,17 +153,14 @@ class GaLoreAdamW(Stored):
     skips the whole step. `skipped` counts such steps. If torch.distributed is initialised, R is averaged. All
     processes must have gradients for the same parameters; if not, an error ends them before anything moves.
 
-    Raises:
-        ValueError: an argument, or a group's key or dtype, that cannot be honoured.
+    Raises ValueError for an argument, or a group's key or dtype, that cannot be honoured.
     """
 
     exact = False
     scales = {}  # of weights in int8, by parameter; empty unless thin.py puts its own here
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
-                 direction: str = "adam", offload: bool = False, compile: bool = False,
-                 seed: int = 0):  # fmt: skip
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32,
+                 max_norm=None, direction="adam", offload=False, compile=False, seed=0):
         check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
         check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0, or None.")
         check(direction in DIRECTIONS, f"direction is {direction!r}: choose one of {', '.join(DIRECTIONS)}.")
@@ -211,14 +207,13 @@ class GaLoreAdamW(Stored):
     def init(self, p: Tensor) -> dict:
         """The state of p, made when first asked for. The first P depends on seed and parameter alone."""
         if not self.state[p]:
-            state = self.state[p] = self.empty(p, p.device)
+            state = self.empty(p, p.device)  # placed only if far: a copy would not fit in the first step
+            self.state[p] = self.place(p, state) if self.far(p) else state
             if "P" in state:
                 seed = (self.seed * 0x9E3779B1 + self.index[p] * 0x85EBCA6B) % 2**32
                 random = torch.Generator(p.device).manual_seed(seed)
                 start = torch.randn(state["P"].shape, generator=random, device=p.device)
                 store(state, "P", orthonormal(start), ok=torch.tensor(True))
-            if self.far(p):  # only then: a copy beside it would not fit in the first step
-                self.state[p] = self.place(p, state)
         return self.state[p]
 
     def leaf(self, p: Tensor) -> Tensor:
@@ -267,7 +262,7 @@ class GaLoreAdamW(Stored):
     @torch.no_grad()
     def step(self, closure=None):
         """Moves every weight that has a gradient and has not moved yet."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
+        loss = closure and torch.enable_grad()(closure)()
         waiting = [p for p in self.group if self.leaf(p).grad is not None]
         self.agree(self.norms, waiting)
         projected = {}
@@ -330,15 +325,11 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
 
     Linear layers are nn.Linear and transformers' Conv1D. A matrix whose short side is not above the rank gets
     none. A warning names what else gets none, as fused experts, whose parameters have three dimensions.
-
-    Raises:
-        ValueError: nothing would get the rank.
+    Raises ValueError if nothing would get the rank.
     """
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     blocks, rest, left_out = {}, [], set()
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         block = re.search(r"(?:^|\.)(\d+)\.", name)
         if block and p in linear and p.ndim == 2 and min(p.shape) > rank:
             blocks.setdefault(block[1], []).append(p)
@@ -351,6 +342,6 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
     if left_out:
         warnings.warn(f"matrices in blocks that get no rank: {', '.join(sorted(left_out))}", stacklevel=2)
     T, L = update_proj_gap, len(blocks)
-    common = dict(rank=rank, update_proj_gap=T, scale=scale, early_gap=max(2, -(-L // 2)))
-    groups = [dict(params=ps, offset=-(-i * T // L) % T, **common) for i, ps in enumerate(blocks.values())]
+    groups = [dict(params=ps, rank=rank, update_proj_gap=T, scale=scale, offset=-(-i * T // L) % T,
+                   early_gap=max(2, -(-L // 2))) for i, ps in enumerate(blocks.values())]
     return [*groups, dict(params=rest)]

@@ -1358,7 +1358,7 @@ WRONG = {
     "--size 7b --galore": "on a CPU this would take about 271 years",
     "--galore --rank 256": "--rank 256 is not below 256",
     "--lr nan": "--lr: nan must be at least 1e-18",
-    "--total_batch_size 9 --batch_size 2": "9 is no multiple of --batch_size 2",
+    "--total_batch_size 9 --batch_size 2": "9 is no multiple of 2, --batch_size times processes",
     "--vocab_size 100": "smaller than that of --tokenizer bytes, 257: change one of them",
     "--data_url x{}": "no effect with --data python",
     "--data c4 --tokenizer bytes --data_url x": "needs a {}",

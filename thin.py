@@ -13,9 +13,7 @@ per token, not 2 m n.
 1. x and W are detached for the product, so autograd makes no G. D arrives through `link` instead, which is
    always zero.
 2. ThinLinear returns dX = D W, and R as the gradient of a *proxy*: one number, which nobody reads, expanded
-   to R's shape.
-   Autograd sums R in proxy.grad over micro-batches. Projection is linear, so accumulation is exact, at
-   rank-r memory.
+   to R's shape. Autograd sums R in proxy.grad over micro-batches. Projection is linear, so that is exact.
 3. On a step in which P is due, Y' = M G' comes beside R in the same way: the proxy is r x (n + m), [R | Y'].
    M stands still until the weight moves, so Y is linear in G, too.
 4. On the last micro-batch the proxy's hook moves W and drops R: the layer-wise update. With max_norm, all R
@@ -64,7 +62,7 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        D, X = D.reshape(-1, D.shape[-1]), x.reshape(-1, x.shape[-1]).to(D.dtype)  # casts: for autocast only
+        D, X = D.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(D.dtype)  # casts: for autocast only
         if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
             W_scale = W_scale + 1e-38 * D[:1, :1].sum()
         dX = (D @ widen(W, W_scale, D.dtype).to(D.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
@@ -84,8 +82,8 @@ class ThinModule(nn.Linear):
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
             return F.linear(x, widen(W, scale, x.dtype), self.bias)
-        names = "P", scale_key("P"), *(("M", scale_key("M")) if self.wants_Y else ("", ""))
-        stored = map(self.galore.get, names)  # one by one: a compiler would look at the whole state in a loop
+        M = "M" * self.wants_Y  # by name: a compiler would look at the whole state in a loop
+        stored = map(self.galore.get, ("P", scale_key("P"), M, scale_key(M)))
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
         return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
 
@@ -104,11 +102,11 @@ class ThinUpdate:
             if self.proxies[p].shape != shape:
                 self.proxies[p] = self.proxies[p].new_zeros(1, device=p.device).expand(shape).requires_grad_()
                 self.proxies[p].register_post_accumulate_grad_hook(self.hook(p))
-            module.proxy, self.scales[p] = self.proxies[p], module.weight_scale
+            module.proxy = self.proxies[p]
 
     def leaf(self, p: Tensor) -> Tensor:
         check(p not in self.proxies or p.grad is None, "a thin weight has a .grad: it was used outside its "
-              "nn.Linear, or the model is wrapped in DDP, and thin sees neither.")  # fmt: skip
+              "nn.Linear, or the model is wrapped in DDP, and thin sees neither.")
         return self.proxies.get(p, p)
 
     def project(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -149,14 +147,11 @@ class ThinUpdate:
         self.norms.clear()
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: int | None = None,
-         device: torch.device | str | None = None) -> None:  # fmt: skip
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate=1, weight_bits=None, device=None) -> None:
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
-    From here on a step is `accumulate` backward passes and one opt.step(). The last backward pass moves each
-    weight as soon as its gradient is complete; with max_norm, opt.step() moves them all. A projected
-    parameter that is not the weight of an nn.Linear keeps its full .grad, and is moved in the same way. So
-    are biases and norms.
+    From here on a step is `accumulate` backward passes and one opt.step(). A projected parameter that is not
+    the weight of an nn.Linear keeps its full .grad, and moves in the last of them. So do biases and norms.
 
     weight_bits: 8 makes int8 of the layers' weights, None leaves them as they are. device: where the model
     goes then. Built on the CPU, it need not fit the device in 16 bits.
@@ -167,26 +162,23 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: i
     use_reentrant=False. Move, cast and load the model before this call. Compile the blocks of the model, not
     the model. A weight moves during the backward pass: a learning rate that is set between backward() and
     step() counts from the next step on. A copy of a thin model computes, but does not train. Hooks on a
-    projected weight are not called. A gradient penalty would have a second-order term there: it ends with
-    torch's error "trying to differentiate twice".
+    projected weight are not called. A gradient penalty ends with torch's error "differentiate twice".
 
-    Raises:
-        ValueError: the optimiser is Exact, accumulate is below 1, weight_bits is neither None nor 8, one of
-            the two is thin already, they do not belong together, or the model is compiled as a whole.
+    Raises ValueError for what cannot be honoured: Exact, two of a kind, a model compiled as a whole.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")
     check(weight_bits in (None, 8), f"weight_bits is {weight_bits}, but must be 8, or None.")
     check(not isinstance(opt, ThinUpdate) and not any(isinstance(m, ThinModule) for m in model.modules()),
-          "a model is made thin once, by one optimiser: build both anew for another.")  # fmt: skip
+          "a model is made thin once, by one optimiser: build both anew for another.")
     check(any(p in opt.group for p in model.parameters()), "the optimiser holds no weight of this model.")
     check(not hasattr(model, "_orig_mod") and model._compiled_call_impl is None,
           "compile the blocks of a thin model one by one: as a whole it would be compiled at each refresh.")
     if opt.max_norm is None and "transformers.trainer" in sys.modules:
         warnings.warn("Trainer's max_grad_norm clips nothing: use max_norm of GaLoreAdamW.", stacklevel=2)
     opt.__class__ = type(f"Thin{type(opt).__name__}", (ThinUpdate, type(opt)), {})
-    linear = (m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad)
-    opt.modules = [m for m in linear if opt.group.get(m.weight, {}).get("rank")]
+    opt.modules = [m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad
+                   and opt.group.get(m.weight, {}).get("rank")]
     opt.accumulate, opt.passes, opt.scales = accumulate, Counter(), {}  # passes: gradients so far
     opt.proxies = {m.weight: m.weight.new_empty(0) for m in opt.modules}  # their dtype; `arm` shapes them
     for p in opt.proxies if weight_bits else ():

@@ -54,8 +54,8 @@ PAPER = dict(data="c4", tokenizer="gpt2", seq_len=256, total_batch_size=512, ste
              update_proj_gap=200, galore_scale=0.25, state_bits=32, offload=False, eval_tokens=10_000_000,
              lr=(0.01, 0.02, 0.001))
 RECIPES = {
-    "toy": dict(data="python", tokenizer="bytes", seq_len=256, total_batch_size=8, steps=740, rank=128,
-                update_proj_gap=50, eval_tokens=65_536, lr=(0.005, 0.03, 0.001)),
+    "toy": dict(data="python", tokenizer="bytes", total_batch_size=8, steps=740, rank=128, update_proj_gap=50,
+                eval_tokens=65_536, lr=(0.005, 0.03, 0.001)),
     "60m": dict(rank=128),
     "130m": dict(steps=20_000, rank=256),
     "350m": dict(steps=60_000, rank=256),
@@ -86,58 +86,59 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, allow_abbrev=False, add_help=False,
         usage="python train.py [options]   (--help explains them)")
-    add, count, rate = parser.add_argument, within(1), within(1e-18)
+    add = lambda name, help, **how: parser.add_argument(name, help=help, **how)  # noqa: E731
+    count, rate = within(1), within(1e-18)
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     # model
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--size", choices=SIZES, help="of the model, from random weights")
     one.add_argument("--init", metavar="DIR", help="a Hugging Face LLaMA folder to start from")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights, gradients and activations")
+    add("--dtype", "of weights, gradients and activations", choices=("float32", "bfloat16"))
     # data
-    add("--data", help="c4, python (this machine's library), or a file or folder of json lines or text")
-    add("--data_dir", help="for downloads and token files (default: beside the text, or ./data)")
-    add("--data_url", help="where C4's files are, with {} for the name")
-    add("--keep_shards", type=within(0), help="keep only so many shards on disk; 0: all")
-    add("--tokenizer", help="bytes, an encoding of tiktoken, or a Hugging Face folder (with --init: its own)")
-    add("--vocab_size", type=count, help="default: the tokenizer's, rounded up to a multiple of 64")
-    add("--seq_len", type=count, help="tokens per sequence")
+    add("--data", "c4, python (this machine's library), or a file or folder of json lines or text")
+    add("--data_dir", "for downloads and token files (default: beside the text, or ./data)")
+    add("--data_url", "where C4's files are, with {} for the name")
+    add("--keep_shards", "keep only so many shards on disk; 0: all", type=within(0))
+    add("--tokenizer", "bytes, an encoding of tiktoken, or a Hugging Face folder (with --init: its own)")
+    add("--vocab_size", "default: the tokenizer's, rounded up to a multiple of 64", type=count)
+    add("--seq_len", "tokens per sequence", type=count)
     # optimiser
-    add("--galore", action=switch, help="GaLore; without it, full-rank AdamW")
-    add("--rank", type=count, help="r")
-    add("--update_proj_gap", type=count, help="T, steps between refreshes of the subspace")
-    add("--galore_scale", type=rate, help="alpha")
-    add("--direction", choices=DIRECTIONS, help="whose step is taken in the subspace")
-    add("--exact", action=switch, help="the paper to the letter: SVD, moments not rotated; not layer-wise")
-    add("--state_bits", type=int, choices=(32, 8), help="of Adam's moments; with 8, of P, too")
-    add("--offload", action=switch, help="keep the state of matrices without a rank in host memory")
-    add("--weight_bits", type=int, choices=(8,), help="of the blocks' matrices (default: as --dtype)")
-    add("--layerwise", action=switch, help="move each weight in the backward pass, form no full gradient")
-    add("--lr", type=rate, help="peak learning rate")
-    add("--warmup_steps", type=within(0), help="of linear warm-up")
-    add("--min_lr_ratio", type=within(0.0, 1), help="the cosine ends at this share of --lr")
-    add("--weight_decay", type=within(0.0), help="decoupled, of all but norms")
-    add("--grad_clipping", type=within(0.0), help="of the projected gradients' norm; 0: none")
+    add("--galore", "GaLore; without it, full-rank AdamW", action=switch)
+    add("--rank", "r", type=count)
+    add("--update_proj_gap", "T, steps between refreshes of the subspace", type=count)
+    add("--galore_scale", "alpha", type=rate)
+    add("--direction", "whose step is taken in the subspace", choices=DIRECTIONS)
+    add("--exact", "the paper to the letter: SVD, moments not rotated; not layer-wise", action=switch)
+    add("--state_bits", "of Adam's moments; with 8, of P, too", type=int, choices=(32, 8))
+    add("--offload", "keep the state of matrices without a rank in host memory", action=switch)
+    add("--weight_bits", "of the blocks' matrices (default: as --dtype)", type=int, choices=(8,))
+    add("--layerwise", "move each weight in the backward pass, form no full gradient", action=switch)
+    add("--lr", "peak learning rate", type=rate)
+    add("--warmup_steps", "of linear warm-up", type=within(0))
+    add("--min_lr_ratio", "the cosine ends at this share of --lr", type=within(0.0, 1))
+    add("--weight_decay", "decoupled, of all but norms", type=within(0.0))
+    add("--grad_clipping", "of the projected gradients' norm; 0: none", type=within(0.0))
     # length and batch
-    add("--steps", type=count, help="of the whole run")
-    add("--total_batch_size", type=count, help="sequences per step, over micro-batches and processes")
-    add("--batch_size", type=count, help="sequences per micro-batch (default: the fastest that fits)")
-    add("--recompute", type=within(0), help="blocks whose activations are computed again in the backward "
-        "pass, not kept (default: the fastest that fits)")
-    add("--compile", action=switch, help="torch.compile, block by block")
+    add("--steps", "of the whole run", type=count)
+    add("--total_batch_size", "sequences per step, over micro-batches and processes", type=count)
+    add("--batch_size", "sequences per micro-batch (default: the fastest that fits)", type=count)
+    add("--recompute", "blocks whose activations are computed again in the backward pass, not kept (default: "
+        "the fastest that fits)", type=within(0))
+    add("--compile", "torch.compile, block by block", action=switch)
     # run
-    add("--eval_every", type=count, help="steps")
-    add("--eval_tokens", type=count, help="of validation, always the same first ones")
-    add("--save_every", type=count, help="steps between checkpoints")
-    add("--keep", type=count, help="how many checkpoints stay, the newest")
-    add("--out_dir", help="default: out/SIZE-METHOD, numbered if that is taken")
-    add("--resume", action="store_true", help="go on with the run in --out_dir")
-    add("--seed", type=within(0, 2**63 - 1), help="of weights and rounding")
-    add("--device", choices=there, default=there[0], help="of those there are")
-    add("--plan", action="store_true", help="print the memory that a step takes, and leave")
+    add("--eval_every", "steps", type=count)
+    add("--eval_tokens", "of validation, always the same first ones", type=count)
+    add("--save_every", "steps between checkpoints", type=count)
+    add("--keep", "how many checkpoints stay, the newest", type=count)
+    add("--out_dir", "default: out/SIZE-METHOD, numbered if that is taken")
+    add("--resume", "go on with the run in --out_dir", action="store_true")
+    add("--seed", "of weights and rounding", type=within(0, 2**63 - 1))
+    add("--device", "of those there are", choices=there, default=there[0])
+    add("--plan", "print the memory that a step takes, and leave", action="store_true")
     return parser
 
 
-def defaults(said: argparse.Namespace) -> dict:
+def defaults(said) -> dict:
     """The recipe of the size, and what follows from the options that were said."""
     size, gpu = said.size or ("init" if said.init else "toy"), said.device == "cuda"
     recipe = PAPER | (RECIPES.get(size) or dict(rank=SIZES[size]["hidden_size"] // 4))
@@ -189,8 +190,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
           "gradients cannot move such weights: leave --exact and --no-layerwise out")
     check(not args.exact or args.direction == "adam", "--exact is the paper to the letter: drop --direction")
     check(args.warmup_steps <= args.steps, f"--warmup_steps {args.warmup_steps} exceeds --steps {args.steps}")
-    check(args.total_batch_size % ((args.batch_size or 1) * world()) == 0, f"--total_batch_size "
-          f"{args.total_batch_size} is no multiple of --batch_size {args.batch_size} x {world()} process(es)")
+    check(args.total_batch_size % (at_once := (args.batch_size or 1) * world()) == 0, f"--total_batch_size "
+          f"{args.total_batch_size} is no multiple of {at_once}, --batch_size times processes")
     check(step <= args.steps, f"the run has taken {step} steps, more than --steps {args.steps}")
     if args.resume:
         config = Config(**checkpoint["config"])
@@ -213,7 +214,7 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
 
 # ----- training ---------------------------------------------------------------------------------------------
 
-def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
+def learning_rate(step: int, args, peak: float) -> float:
     """Of step 1, 2, ...: linear warm-up to `peak`, then a cosine to peak * min_lr_ratio at the last step."""
     if step <= args.warmup_steps:
         return peak * step / args.warmup_steps
@@ -221,7 +222,7 @@ def learning_rate(step: int, args: argparse.Namespace, peak: float) -> float:
     return peak * (args.min_lr_ratio + (1 - args.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = None) -> GaLoreAdamW:
+def prepare(model: Llama, args, checkpoint: dict | None = None) -> GaLoreAdamW:
     """The optimiser, and the model made ready for it. Both go on from `checkpoint`. The lr of a group is its
     peak: args.lr, unless it brings its own. ValueError for the checkpoint of another model or optimiser."""
     model.recompute = args.recompute
@@ -252,7 +253,7 @@ def prepare(model: Llama, args: argparse.Namespace, checkpoint: dict | None = No
     return opt
 
 
-def accumulation(args: argparse.Namespace) -> int:
+def accumulation(args) -> int:
     """Micro-batches per step, in each process."""
     return args.total_batch_size // (args.batch_size * world())
 
@@ -260,10 +261,10 @@ def accumulation(args: argparse.Namespace) -> int:
 def plan(args, config: Config, batch_size: int, run=peak):
     """A function of how many blocks recompute, to GB by kind at the fullest moment of a step, simulated."""
     total = min(args.total_batch_size, 3 * batch_size * world())  # a first, a middle, a last micro-batch
-    few = vars(args) | dict(batch_size=batch_size, total_batch_size=total, compile=False, device="meta")
 
     def build(recompute, keep):
-        these = argparse.Namespace(**few | dict(recompute=recompute))
+        these = argparse.Namespace(**vars(args) | dict(
+            batch_size=batch_size, total_batch_size=total, recompute=recompute, compile=False, device="meta"))
         model = Llama(replace(config, num_hidden_layers=recompute + keep), "meta", getattr(torch, args.dtype))
         return model, prepare(model, these), accumulation(these)
 
@@ -285,19 +286,17 @@ def training_step(model: Llama, opt: GaLoreAdamW, batches, accumulate: int) -> t
 
 
 @torch.no_grad()
-def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
+def evaluate(model: Llama, val, args, fetch) -> dict:
     """Mean loss in nats per token on the first --eval_tokens validation tokens, perplexity, bits per byte.
     Each process takes every so-many-th sequence of the same batches. fetch: see Brake."""
     val.reset()
     total, count = 0.0, 0
-    while count < args.eval_tokens:
-        sequences = max(1, min(args.batch_size * world(), (args.eval_tokens - count) // args.seq_len))
-        try:
+    with suppress(EndOfData):
+        while count < args.eval_tokens:
+            sequences = max(1, min(args.batch_size * world(), (args.eval_tokens - count) // args.seq_len))
             x, y = fetch(lambda: val.batch(sequences))  # noqa: B023
-        except EndOfData:
-            break
-        x, y, count = x[RANK :: world()], y[RANK :: world()], count + y.numel()
-        total += model(x.to(args.device), y.to(args.device)).item() * y.numel() if len(x) else 0.0
+            x, y, count = x[RANK :: world()], y[RANK :: world()], count + y.numel()
+            total += model(x.to(args.device), y.to(args.device)).item() * y.numel() if len(x) else 0.0
     loss = over_all(total, dist.ReduceOp.SUM) / count
     return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)), val_tokens=count,
                 bits_per_byte=loss / math.log(2) / val.bytes_per_token)
@@ -305,7 +304,7 @@ def evaluate(model: Llama, val, args: argparse.Namespace, fetch) -> dict:
 
 def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brake) -> dict | None:
     """Returns the validation of the end, or None where the run was stopped before, or had a problem."""
-    step, skipped, scores = (checkpoint[k] for k in ("step", "skipped", "scores"))
+    step, skipped, scores = map(checkpoint.get, ("step", "skipped", "scores"))
     saved = tried = step if args.resume else -1  # the newest checkpoint, the last try; step 0 is saved, too
     streak, accumulate = 0, accumulation(args)
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=RANK > 0, dynamic_ncols=True,
@@ -364,12 +363,12 @@ def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brak
          f"to go on from the checkpoint of step {saved}: python train.py --resume --out_dir {args.out_dir}"))
 
 
-def kept(args: argparse.Namespace) -> dict:
+def kept(args) -> dict:
     """What goes into a checkpoint. What was chosen for this machine does not."""
     return {k: v for k, v in vars(args).items() if k not in PER_START} | args.automatic
 
 
-def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
+def begin(args, config: Config, checkpoint: dict) -> tuple:
     """Model, optimiser, data, validation data, log. What can be known to be wrong is said first."""
     tokens = args.steps * args.total_batch_size * args.seq_len
     years = 2e-18 * Llama(config, "meta").num_parameters() * tokens  # 6 operations each, 1e11 a second
@@ -414,7 +413,7 @@ def begin(args: argparse.Namespace, config: Config, checkpoint: dict) -> tuple:
     return model, opt, stream, val, log
 
 
-def sample(model: Llama, tokenizer, args: argparse.Namespace, brake: Brake) -> None:
+def sample(model: Llama, tokenizer, args, brake: Brake) -> None:
     """Shows what was learnt: three short texts. An interrupt ends them at once: the checkpoint is written."""
     tell("sample:")
     beginning = "\n\n\ndef " if args.data == "python" else "The"  # else it takes some def for a deep one
