@@ -249,6 +249,19 @@ def test_a_compiled_update_makes_the_factors_of_its_products():
         assert (stands.shape, stands.dtype) == (real.shape, real.dtype)
 
 
+def test_offloaded_moments_come_to_the_device_one_by_one():
+    """At the peak of a backward pass the plan has those of the head, or of the embedding, and not of both."""
+
+    def peak(option):
+        args, config, _ = train.settle(f"{PLAN} --vocab_size 50000 --batch_size 1 --total_batch_size 1 "
+                                       f"--recompute 0 --compile --device cpu {option}".split())
+        one = lambda *those: memory.simulate(*those[:2], (0, 2), 2, *those[4:])  # noqa: E731
+        return memory.total(train.plan(args, config, 1, run=one)[1, True, False])
+
+    moments = 2 * 50000 * 256 / 1e9 * (1 + 4 / 256)
+    assert peak("--no-offload") - peak("--offload") == pytest.approx(moments, rel=1e-3)
+
+
 def test_a_compiled_block_keeps_what_stands_for_it():
     """Compiled, norm and SwiGLU keep no more for the backward pass than in the plan, and eager they would."""
     config = Config(64, 64, 172, 1, 4)
