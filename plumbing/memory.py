@@ -187,8 +187,8 @@ def choose(peak, sizes: list[int], counts: list[int], free: float, blocks: int,
            seq_len: int) -> tuple[int, int, dict]:  # fmt: skip
     """Micro-batch, how many blocks recompute, and GB by kind: the fastest that fits, else the smallest.
 
-    A step is taken to last as three forward passes, and one of the blocks that recompute, of micro-batches
-    with 200 tokens more, for what does not depend on their size. (7B: 100 on a 4090, by the bytes of
+    A step counts three forward passes, and one more of the blocks that recompute. A micro-batch counts 200
+    tokens more than it has, for what does not depend on its size. (7B: 100 on a 4090, by the bytes of
     kernels.py, and 1,350 on an H200, measured, whose host could not launch faster.)
 
     peak(size): a function of the count to GB by kind; sizes, counts: rising; free: GB; blocks: of the model.
