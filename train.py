@@ -449,7 +449,11 @@ def main() -> None:
         arguments().error(str(error))
     except KeyboardInterrupt:
         return tell("interrupted before the first step: there is nothing to save")
-    scores = train(model, opt, args, checkpoint, stream, val, log, brake)
+    try:
+        scores = train(model, opt, args, checkpoint, stream, val, log, brake)
+    except torch.OutOfMemoryError:  # some weights may have moved: no more of this step is kept
+        arguments().error(f"the GPU's memory ran out: say --resume --out_dir {args.out_dir}, and less than "
+                          f"--batch_size {args.batch_size}, or more than --recompute {args.recompute}")
     if scores and math.isfinite(scores["val_loss"]) and not RANK and not brake.problem:
         sample(model, stream.tokenizer, args, brake)
     log.close()

@@ -121,6 +121,25 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
     assert files.checkpoints(tmp_path / "last")[-1].name == "checkpoint-00000007.pt"
 
 
+def test_memory_that_runs_out_ends_with_a_sentence(monkeypatch, tmp_path, few):  # noqa: F811
+    """It says what to type, and that goes on from the checkpoint of before."""
+    step, room = train.training_step, iter([True] * 5)
+
+    def full(*those):
+        if next(room, False):
+            return step(*those)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 86.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_step", full)
+        output = run(tmp_path, *few, "--save_every", 2, expect=2)
+    assert output.endswith("the GPU's memory ran out: say --resume --out_dir run, and less than --batch_size 2, "
+                           "or more than --recompute 0\n")
+    assert [file.name for file in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000004.pt"]
+    assert "of 1 x 32 tokens" in run(tmp_path, *"--resume --out_dir run --batch_size 1 --recompute 2".split())
+    assert len(log_of(tmp_path / "run")) > 8
+
+
 @pytest.mark.parametrize("free, sizes, counts, expected", [
     (99, [1, 2, 4, 8, 16], [0, 1, 2, 3, 4], (16, 0)), (5.1, [1, 2, 4, 8, 16], [0, 1, 2, 3, 4], (4, 0)),
     (2.1, [1, 2, 4, 8, 16], [0, 1, 2, 3, 4], (4, 4)), (0.5, [1, 2, 4, 8, 16], [0, 1, 2, 3, 4], (1, 4)),
