@@ -318,7 +318,7 @@ def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brak
             args=kept(args))
         return step if done else saved
 
-    with suppress(Stop):
+    with bar, suppress(Stop):
         while True:
             position = stream.state_dict()
             due = step == args.steps or step % args.eval_every == 0 and (step or args.init)
@@ -353,7 +353,6 @@ def train(model, opt, args, checkpoint: dict, stream, val, log: Log, brake: Brak
             if streak > 20:
                 brake.problem = f"the gradients of {streak} steps in a row were not finite: try a lower --lr"
                 raise Stop
-    bar.close()
     saved = saved if streak > 20 else save_now()
     if saved < step and not brake.problem:
         brake.problem, brake.code = f"the checkpoint of step {step} could not be written", 1

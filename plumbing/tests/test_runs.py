@@ -133,8 +133,8 @@ def test_memory_that_runs_out_ends_with_a_sentence(monkeypatch, tmp_path, few): 
     with monkeypatch.context() as patch:
         patch.setattr(train, "training_step", full)
         output = run(tmp_path, *few, "--save_every", 2, expect=2)
-    assert output.endswith("the GPU's memory ran out: say --resume --out_dir run, and less than --batch_size 2, "
-                           "or more than --recompute 0\n")
+    assert output.endswith("the GPU's memory ran out: say --resume --out_dir run, and less than --batch_size "
+                           "2, or more than --recompute 0\n")
     assert [file.name for file in (tmp_path / "run").glob("*.pt")] == ["checkpoint-00000004.pt"]
     assert "of 1 x 32 tokens" in run(tmp_path, *"--resume --out_dir run --batch_size 1 --recompute 2".split())
     assert len(log_of(tmp_path / "run")) > 8
