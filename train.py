@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction as switch
-from contextlib import redirect_stdout, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -449,13 +449,13 @@ def main() -> None:
     except KeyboardInterrupt:
         return tell("interrupted before the first step: there is nothing to save")
     try:
-        scores = train(model, opt, args, checkpoint, stream, val, log, brake)
+        with closing(log):
+            scores = train(model, opt, args, checkpoint, stream, val, log, brake)
     except torch.OutOfMemoryError:  # some weights may have moved: no more of this step is kept
         arguments().error(f"the GPU's memory ran out: say --resume --out_dir {args.out_dir}, and less than "
                           f"--batch_size {args.batch_size}, or more than --recompute {args.recompute}")
     if scores and math.isfinite(scores["val_loss"]) and not RANK and not brake.problem:
         sample(model, stream.tokenizer, args, brake)
-    log.close()
     if world() > 1:
         over_all(0)  # none leaves before the checkpoint is written: torchrun would end the others
         dist.destroy_process_group()
