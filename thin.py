@@ -82,7 +82,7 @@ class ThinModule(nn.Linear):
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
             return F.linear(x, widen(W, scale, x.dtype), self.bias)
-        M = "M" * self.wants_Y  # by name: a compiler would look at the whole state in a loop
+        M = "M" * self.wants_Y  # one by one: in a loop a compiler would guard the whole state
         stored = map(self.galore.get, ("P", scale_key("P"), M, scale_key(M)))
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
         return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
