@@ -57,7 +57,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def refresh(P: Tensor, Y: Tensor) -> Tensor:
-    """The next basis, from the old one and Y = G M' (all m x r, fp32). Any orthonormal basis will do.
+    """The next basis, from the old one and Y = G M' (all m x r, fp32). Any orthonormal basis will do;
+    NaN in Y must give NaN, not an error.
 
     We add 1e-3 of the old basis to Y. Where the gradient has no direction left, the old one stays. Otherwise
     the last columns would be rounding noise, which Adam blows up to full size.
@@ -81,8 +82,9 @@ def rotate(state: dict[str, Tensor], names: str, new: Tensor, ok: Tensor) -> Non
 
 # ----- directions -------------------------------------------------------------------------------------------
 # A direction is a function of R (r x n, fp32) and its moments, and returns N and the new moments. All have M,
-# which averages R; V, if there is one, is a variance. It may ask for betas, eps, dtype (of N, and of
-# products) and bias, which is 1 - beta^t for both betas: as tensors, because a number would be compiled in.
+# which averages R; V, if there is one, is a variance, and N is held at 5 where V is in 8 bits. It may ask for
+# betas, eps, dtype (of N, and of products) and bias, which is 1 - beta^t for both betas: as tensors, because
+# a number would be compiled in.
 
 
 def adam(R, M, V, betas, eps, bias, **_):
@@ -325,6 +327,7 @@ def param_groups(model: nn.Module, rank: int, update_proj_gap: int = 200, scale:
 
     Linear layers are nn.Linear and transformers' Conv1D. A matrix whose short side is not above the rank gets
     none. A warning names what else gets none, as fused experts, whose parameters have three dimensions.
+    Decay reaches norms and biases, too: split the last group, as `prepare` in train.py does.
     Raises ValueError if nothing would get the rank.
     """
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}

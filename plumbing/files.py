@@ -135,7 +135,7 @@ class Log:
         if line:
             no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
             self.waiting += json.dumps(line | no_number) + "\n"  # JSON has no NaN
-            self.lines += 1  # here wandb.log(line), and in __init__, below "if RANK", wandb.init()
+            self.lines += 1  # here wandb.log(line, step=line["step"]); after `lock` in __init__ wandb.init()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
