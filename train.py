@@ -215,8 +215,8 @@ def settle(words: list[str] | None = None) -> tuple[argparse.Namespace, Config, 
 # ----- training ---------------------------------------------------------------------------------------------
 
 def learning_rate(step: int, args, peak: float) -> float:
-    """Of step 1, 2, ...: linear warm-up to `peak`, then a cosine to peak * min_lr_ratio at the last step. done:
-    the share of the steps after warm-up."""
+    """Of step 1, 2, ...: linear warm-up to `peak`, then a cosine to peak * min_lr_ratio at the last step.
+    done: a share of the steps after warm-up."""
     if step <= args.warmup_steps:
         return peak * step / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
