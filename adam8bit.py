@@ -7,11 +7,11 @@ What is stored of a moment (or of GaLore's basis P), for every block of 256 valu
 So x is restored as qmap[code] * scale. M and P take the signed map, sqrt(V) the unsigned one.
 Arithmetic is fp32 throughout. Only what is kept between two steps is narrow: 2.03 bytes per parameter, not 8.
 
-A weight in 8 bits is int8 codes from -127 to 127 and a scale for each row: W = codes * scale. Like bf16,
-codes are rounded up or down at random, so that an update of a tenth of the grid moves one code in ten.
+A weight in 8 bits is int8 codes from -127 to 127 and a scale for each row. Rounded up or down at random, an
+update of a tenth of the grid moves one code in ten.
 
 The map is Dettmers' dynamic data type: 0, 1, and seven decades from 1 down to 1e-7. Each decade has half as
-many values as the one above: 64, 32, ..., 1 of each sign, or 128, 64, ..., 2 in the unsigned map.
+many values as the one above.
 
 A variance stored as zero, beside a momentum that is not, would make a step of M / eps, thousands of lr.
 It happens where gradients within a block differ much, as in an embedding: most rows have none in most steps.
@@ -43,13 +43,12 @@ LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 
 
 def dynamic_map(signed: bool) -> tuple[Tensor, Tensor]:
-    """The 256 values of the dynamic data type, ascending, fp32 (2110.02861, section 2.2), and the 255
-    midpoints between them."""
+    """The 256 values of the dynamic data type, ascending, fp32, and the 255 midpoints between them."""
     values = [0.0, 1.0]
     for i in range(7):  # decade 10^(i-7) ... 10^(i-6), in 2^i equal steps, or 2^(i+1) without a sign
         edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
         means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += means.tolist() + (-means if signed else means[:0]).tolist()
+        values += means.tolist() + (-means).tolist() * signed
     qmap = torch.tensor(sorted(values))
     return qmap, (qmap[1:] + qmap[:-1]) / 2
 
@@ -74,7 +73,7 @@ def unblock(b: Tensor, shape: torch.Size) -> Tensor:
 
 
 def quantise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Nearest codes of `x` (any shape, fp32), a block of 256 at a time.
+    """Nearest codes of `x` (any shape, fp32).
 
     Normal noise comes back with a mean relative error of 1.5% (M), its size with 0.8% (sqrt(V), unsigned).
 
@@ -107,8 +106,8 @@ def scale_key(name: str) -> str:
 def zeros(names: str, shape: tuple, dtype: torch.dtype, in_8_bits: bool, device: torch.device) -> dict:
     """State before it is first stored, for each of `names`: in `dtype`, or in codes from 4096 values on."""
     narrow = in_8_bits and math.prod(shape) >= SMALLEST
-    made = dict(dtype=torch.uint8 if narrow else dtype, device=device)
-    state = {name: torch.zeros(shape, **made) for name in names}
+    dtype = torch.uint8 if narrow else dtype
+    state = {name: torch.zeros(shape, dtype=dtype, device=device) for name in names}
     for name in names if narrow else ():
         state[scale_key(name)] = torch.zeros(-(-math.prod(shape) // BLOCK), device=device)
         get_map(device, signed=name != "V")  # not in the middle of a compiled function
@@ -125,7 +124,7 @@ def load(state: dict[str, Tensor], name: str, dtype: torch.dtype | None = None) 
 
 def store(state: dict[str, Tensor], name: str, x: Tensor, ok: Tensor) -> None:
     """Replaces state `name` by x, in place, where the 0-dim bool `ok` is True. Else no bit of it changes."""
-    new = {name: x.to(state[name].dtype)}
+    new = {name: x}
     if scale_key(name) in state:
         codes, scale = quantise(x.sqrt() if name == "V" else x, signed=name != "V")
         new = {name: codes, scale_key(name): scale}

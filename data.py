@@ -7,8 +7,7 @@
 
 A data set is a list of shards: C4's files, your files of json lines, all text files of a folder as one. Of
 each plumbing/shards.py keeps a token file: nothing but ids, uint16 or uint32, mapped into memory. Stream puts
-them end to end and cuts batches from that, in order. Nothing is repeated before the data ends. Each process
-takes its stripe of a batch. A saved position goes on at the next token.
+them end to end and cuts batches from that, in order.
 
 C4 is Hugging Face's allenai/c4, `en` (Raffel et al. 2020, arXiv 1910.10683): 1024 training and 8 validation
 files in random order. A training file has 356,317 documents: 320 MB of gzip, about 173 M GPT-2 tokens. The
@@ -23,37 +22,47 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from plumbing.shards import BAD_GZIP, JSON_LINES, Shard, find_shards, sweep, tell
+from plumbing.shards import BAD_GZIP, JSON_LINES, LOCAL_RANK, Shard, find_shards, tell
 from plumbing.tokenizer import read_folder
 
 C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/{}"
-THREADS = min(os.cpu_count() or 1, 8)
+THREADS = min(os.cpu_count(), 8)
 
 
 class EndOfData(Exception):
     """The validation data is used up."""
 
 
+@dataclass
 class Tokenizer:
     """A document is [bos,] encode(prefix + text), eot. `encode`: an array of ids, "<|endoftext|>" being text
     like any other. `pieces[id]`: a token's bytes. `n_bytes[id]`: how many of them are source text; eot's
     takes the prefix off again. n_vocab: before padding. `ends`: all ids that end a generated text."""
 
-    def __init__(self, name: str, pieces: list[bytes], eot: int, encode, bos: int | None = None,
-                 prefix: str = "", ends: list[int] | None = None, source: str | None = None):
-        self.name, self.pieces, self.eot, self.encode, self.n_vocab = name, pieces, eot, encode, len(pieces)
-        self.bos, self.prefix, self.ends, self.source = bos, prefix, ends or [eot], source or name
+    name: str
+    pieces: list[bytes]
+    eot: int
+    encode: Callable
+    bos: int | None = None
+    prefix: str = ""
+    ends: list[int] | None = None
+    source: str | None = None
+
+    def __post_init__(self):
+        self.n_vocab, self.ends = len(self.pieces), self.ends or [self.eot]
+        self.source = self.source or self.name
         self.dtype = np.dtype(np.uint16 if self.n_vocab <= 1 << 16 else np.uint32)
-        self.n_bytes = np.array([len(piece) for piece in pieces])
-        self.n_bytes[eot] = -len(prefix)
-        self.front, self.back = np.array([] if bos is None else [bos], np.int64), np.array([eot])
+        self.n_bytes = np.array([*map(len, self.pieces)])
+        self.n_bytes[self.eot] = -len(self.prefix)
 
     def __reduce__(self):  # to another process it goes by its name
         return get_tokenizer, (self.source,)
@@ -61,8 +70,9 @@ class Tokenizer:
     def document(self, text: str, begins: bool = True, ends: bool = False) -> np.ndarray:
         """The ids of a piece of a document. A prompt is one that begins and does not end."""
         text = text.encode(errors="replace").decode()  # half a surrogate pair becomes "?"
-        ids = self.encode(self.prefix * begins + text)
-        return np.concatenate((self.front[:begins], ids, self.back[:ends]))
+        front = [self.bos] * (begins and self.bos is not None)
+        parts = front, self.encode(self.prefix * begins + text), [self.eot] * ends
+        return np.concatenate(parts, dtype=np.int64, casting="unsafe")  # an empty list is float64
 
     def decode(self, ids) -> str:
         """Text of any ids. Those that a padded vocabulary adds stand for nothing."""
@@ -70,7 +80,7 @@ class Tokenizer:
         return text.removeprefix(self.prefix)
 
     def tokenise(self, shard: Shard, file, background: bool):
-        """Writes the ids of all documents of `shard`, each with one end-of-text after it, to `file`."""
+        """Writes the ids of all documents of `shard` to `file`."""
         file.truncate(0)
         wall, cpu = time.perf_counter(), time.process_time()
         pieces = (piece for source in shard.files for piece in documents(source))
@@ -78,8 +88,8 @@ class Tokenizer:
                    disable=background)
         with bar, ThreadPoolExecutor(THREADS) as pool:
             while batch := list(islice(pieces, 512)):  # never more in memory
-                ids = np.concatenate(list(pool.map(lambda piece: self.document(*piece), batch)))
-                file.write(ids.astype(self.dtype).tobytes())
+                ids = np.concatenate([*pool.map(self.document, *zip(*batch))])
+                file.write(ids.astype(self.dtype))
                 bar.update(len(ids))
         tokens = file.seek(0, os.SEEK_END) // self.dtype.itemsize
         if not tokens:
@@ -100,9 +110,9 @@ def get_tokenizer(name: str) -> Tokenizer:
         pieces = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         return Tokenizer(name, pieces, 256, lambda text: np.frombuffer(text.encode(), np.uint8))
     there = tiktoken.list_encoding_names()
-    if name not in there and Path(name).is_dir():
-        return Tokenizer(**read_folder(name))
     if name not in there:
+        if Path(name).is_dir():
+            return Tokenizer(**read_folder(name))
         raise ValueError(f"there is no tokenizer {name!r}; there are: bytes, {', '.join(there)}, or a folder")
     try:
         encoding = tiktoken.get_encoding(name)
@@ -136,7 +146,7 @@ def documents(file: Path):
                 yield "", at == 0, True
     except (OSError, *BAD_GZIP) as why:
         raise ValueError(f"{file} cannot be read after {'line' if is_json else 'byte'} {at}: {why}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         place = (f'line {at}: not json with a string "text" (jq -c ".[]" makes such lines of an array)'
                  if is_json else f"byte {at + error.start}: not UTF-8 text")
         raise ValueError(f"{file}, {place}" + f": {error}" * isinstance(error, ValueError)) from None
@@ -173,8 +183,7 @@ class Stream:
             if len(self.tokens) != state["shard_tokens"]:
                 raise ValueError(f"shard {state['shard']} has {len(self.tokens)} tokens, it had "
                                  f"{state['shard_tokens']} at the checkpoint")
-            self.offset, self.epoch, self.seen, self.bytes = (
-                state[name] for name in ("offset", "epoch", "seen", "bytes"))
+            vars(self).update({name: state[name] for name in ("offset", "epoch", "seen", "bytes")})
             return
         self.reset()
         first = self._read(seq_len + 1, around=False)
@@ -203,33 +212,31 @@ class Stream:
         if self.held:
             tokens = tokens[:cut] if self.split == "train" else tokens[cut:]
         self.tokens, self.index = tokens, i
-        if self.split == "val" or os.environ.get("LOCAL_RANK", "0") != "0":
+        if self.split == "val" or LOCAL_RANK:
             return  # one process of a machine does it for all
         if not following.token_files():
             following.prefetch()
-        # the next shard and the keep_shards - 1 before it stay
-        used = [shard for j, shard in enumerate(self.shards) if (i + 1 - j) % count >= self.keep_shards]
-        if self.keep_shards and used:
-            sweep(used, self.keep_shards)
+        for j, shard in enumerate(self.shards):  # the next one and the keep_shards - 1 before it stay
+            if 0 < self.keep_shards <= (i + 1 - j) % count:
+                shard.drop(self.keep_shards)
 
     def _read(self, n, around):
         """The next n tokens, over shard boundaries. Fewer at the end, unless it goes `around`."""
-        pieces, count = [np.empty(0, self.tokenizer.dtype)], 0
-        while count < n:
+        ids = np.empty(0, np.int64)
+        while len(ids) < n:
             if self.offset == len(self.tokens):
                 if self.index + 1 == len(self.shards):
                     if not around:
                         break
                     self.epoch += 1
-                    tell(f"the data ends after {(self.seen + count) // self.epoch:,} tokens: "
+                    tell(f"the data ends after {(self.seen + len(ids)) // self.epoch:,} tokens: "
                          f"pass {self.epoch + 1} begins, tokens repeat")
                 self._open((self.index + 1) % len(self.shards))
                 self.offset = 0
-            piece = self.tokens[self.offset : self.offset + n - count]
-            pieces.append(piece)
-            self.offset += len(piece)
-            count += len(piece)
-        return np.concatenate(pieces).astype(np.int64)
+            more = self.tokens[self.offset : self.offset + n - len(ids)]
+            self.offset += len(more)
+            ids = np.append(ids, more)
+        return ids
 
     def batch(self, sequences: int, rank: int = 0, world: int = 1):
         """Process `rank`'s stripe of the next world * sequences sequences: x, and y one token on, both int64
@@ -244,15 +251,15 @@ class Stream:
             raise
         if len(ids) == wanted:
             self.offset -= 1  # the last target is the next batch's first input
-        n = (len(ids) - 1) // self.seq_len
-        if n < 1:
+        if len(ids) <= self.seq_len:
             raise EndOfData("the validation data has ended")
-        x, y = ids[: n * self.seq_len].reshape(n, -1), ids[1 : n * self.seq_len + 1].reshape(n, -1)
-        self.seen += y.size
+        pairs = torch.from_numpy(ids).unfold(0, self.seq_len + 1, self.seq_len)  # they overlap by a token
+        x, y = pairs[:, :-1], pairs[:, 1:]
+        self.seen += y.numel()
         self.bytes += int(self.tokenizer.n_bytes[y].sum())
         self.bytes_per_token = self.bytes / self.seen
         mine = slice(rank * sequences, (rank + 1) * sequences)
-        return torch.from_numpy(x[mine]), torch.from_numpy(y[mine])
+        return x[mine], y[mine]
 
     def state_dict(self) -> dict:
         return {"tokenizer": self.tokenizer.name, "shard": self.shards[self.index].name,

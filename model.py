@@ -22,6 +22,7 @@ RMSNorm (1910.07467), RoPE (2104.09864; scaled 2407.21783), SwiGLU (2002.05202),
 Left out on purpose: dropout, biases, sliding windows, YaRN, padding, masks, ignored targets, beam search.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -96,14 +97,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).type_as(x)
 
 
+linear = partial(nn.Linear, bias=False)    # all that there are
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = linear(C, config.num_attention_heads * D)
+        self.k_proj = linear(C, config.num_key_value_heads * D)
+        self.v_proj = linear(C, config.num_key_value_heads * D)
+        self.o_proj = linear(config.num_attention_heads * D, C)
 
     def forward(self, x, cos, sin, cache=None) -> Tensor:
         T, D = cos.shape
@@ -122,9 +126,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))              # inside: (B, T, I)
@@ -213,7 +217,7 @@ class Llama(nn.Module):
                 embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
                 layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
                 norm=nn.RMSNorm(config.hidden_size, config.rms_norm_eps)))
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
         for module in self.modules():    # not to_empty(), which cannot make fake tensors of these
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
@@ -226,7 +230,7 @@ class Llama(nn.Module):
             nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.constant_(p, not name.endswith("bias"))
 
     def tie_weights(self) -> None:
-        """One parameter for embedding and head, if the config says so. Needed again after to_empty()."""
+        """One parameter for embedding and head, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -258,13 +262,13 @@ class Llama(nn.Module):
         """Yields the next token (B, 1) of tokens (B, T), max_new_tokens times. Temperature 0 takes the
         likeliest; top_k samples among the k likeliest. ValueError if T, temperature or top_k is too small."""
         (B, T), c, new = tokens.shape, self.config, tokens
-        if T == 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if T == 0 or temperature < 0 or top_k is not None and top_k < 1:
             raise ValueError(f"generate needs T, top_k > 0 and temperature >= 0: {T}, {top_k}, {temperature}")
         shape = c.num_hidden_layers, 2, B, c.num_key_value_heads, T + max_new_tokens, c.head_dim
         cache = self.lm_head.weight.new_empty(shape)                                    # (L, 2, B, KV, S, D)
         for S in range(T, T + max_new_tokens):    # new: the prompt, then one token
             logits = self.lm_head(self.hidden(new, cache[..., :S, :])[:, -1]).float()   # (B, V)
-            if top_k is not None:
+            if top_k:
                 logits[logits < logits.topk(min(top_k, c.vocab_size)).values[:, -1:]] = -torch.inf
             new = (logits.argmax(dim=-1, keepdim=True) if temperature == 0 else         # (B, 1)
                    torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
@@ -274,7 +278,7 @@ class Llama(nn.Module):
     def from_pretrained(cls, folder, dtype: torch.dtype | None = None) -> "Llama":
         """Model of a Hugging Face folder, on the CPU. dtype None: the head's. Errors: plumbing/hf.py."""
         from plumbing import hf    # inside: the rest of this file works when it is copied alone
-        return hf.load(cls, folder, dtype)
+        return hf.assemble(cls, hf.read_config(folder), hf.read_weights(folder, dtype), folder)
 
     def save_pretrained(self, folder) -> None:
         """Write a folder that transformers.LlamaForCausalLM.from_pretrained opens. Errors: plumbing/hf.py."""

@@ -1400,9 +1400,9 @@ def test_what_cannot_go_on_is_refused(documented, tmp_path):
     is_refused("holds a run already", "--size", "toy")
     for option, old, new in ("size", "toy", "60m"), ("rank", 64, 32), ("init", None, "x"):
         is_refused(f"{option} was {old} and is {new}: that cannot change", "--resume", f"--{option}", new)
-    locked = files.lock(folder)
+    locked = files.Log(folder, 99)
     is_refused("another process is training in run", "--resume", "--steps", "25")
-    os.close(locked)
+    locked.close()
     for change in CHANGES:
         content = torch.load(documented[0] / name, weights_only=True)
         change(content)

@@ -39,12 +39,12 @@ from adam8bit import check
 from data import C4_URL, EndOfData, Stream, get_tokenizer
 from galore import DIRECTIONS, Exact, GaLoreAdamW, average, param_groups
 from model import SIZES, Config, Llama
-from plumbing.files import (LOCAL_RANK, RANK, Brake, Forgiving, Log, Stop, free_folder, holds_a_run,
-                            most_memory, over_all, read_checkpoint, save, seal, within, world)
+from plumbing.files import (Brake, Forgiving, Log, Stop, free_folder, holds_a_run, most_memory, over_all,
+                            read_checkpoint, save, seal, within, world)
 from plumbing.hf import read_config
 from plumbing.memory import fit, peak
 from plumbing.sample import go_on
-from plumbing.shards import tell
+from plumbing.shards import LOCAL_RANK, RANK, tell
 from plumbing.tokenizer import keep_files
 from thin import thin
 

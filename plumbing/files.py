@@ -4,15 +4,13 @@
     OUT_DIR/log.jsonl            all arguments and versions, then a line per step
 
 A checkpoint is written beside its name and renamed: a kill at any moment leaves a whole one. Its seal is a
-checksum of all but the values of tensors, for which the file has its own. A full disk ends nothing: lines
-wait in memory, the next save tries again.
+checksum of all but the values of tensors, for which the file has its own.
 
 Left out on purpose: Windows (fcntl), checkpoints in several files.
 """
 import argparse
 import fcntl
 import json
-import math
 import os
 import resource
 import signal
@@ -29,9 +27,7 @@ from zipfile import ZipFile
 import torch
 import torch.distributed as dist
 
-from plumbing.shards import tell
-
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
+from plumbing.shards import RANK, tell
 
 
 # ----- checkpoints ------------------------------------------------------------------------------------------
@@ -99,29 +95,23 @@ def free_folder(name: str) -> str:
     return next(path for i in count(1) if not holds_a_run(Path(path := name + f"-{i}" * (i > 1))))
 
 
-def lock(folder: Path) -> int:
-    """Makes the folder, and keeps other runs out until what it returns is closed. ValueError if one is in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process is training in {folder}: wait for its end, "
-                         "or take another --out_dir") from None
-    except OSError:  # a file system without locks
-        pass
-    return number
-
-
 class Log:
-    """log.jsonl, of the first process. kept: so many lines of an earlier log stay, those of before its
-    checkpoint. lines: it has so many; size: so many bytes."""
+    """log.jsonl, of the first process. It keeps other runs out of the folder: ValueError if one is in. kept:
+    so many lines of an earlier log stay, those of before its checkpoint. lines, size in bytes: of it now."""
 
     def __init__(self, folder: Path, kept: int):
         self.path, self.waiting, self.lines = folder / "log.jsonl", "", 0
         if RANK:
             return
-        self.lock = lock(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {folder}: wait for its end, "
+                             "or take another --out_dir") from None
+        except OSError:  # a file system without locks
+            pass
         with open(self.path, "a+b") as file:
             file.seek(0)
             lines = [line for line in islice(file, kept) if line.endswith(b"\n")]
@@ -133,9 +123,9 @@ class Log:
             return True
         told = self.waiting or not line
         if line:
-            no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-            self.waiting += json.dumps(line | no_number) + "\n"  # JSON has no NaN
-            self.lines += 1  # here wandb.log(line, step=line["step"]); after `lock` in __init__ wandb.init()
+            # JSON has no NaN
+            self.waiting += json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)) + "\n"
+            self.lines += 1  # here wandb.log(line, step=line["step"]); in __init__, once locked, wandb.init()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -149,7 +139,7 @@ class Log:
         return not self.waiting
 
     def close(self):
-        if RANK == 0:
+        if not RANK:
             os.close(self.lock)
 
 
@@ -176,15 +166,20 @@ class Stop(Exception):
     """In all processes at once, between two steps: one was asked to end, or cannot go on."""
 
 
+def when_told_to_end(handler):
+    """Ctrl-C, SIGTERM and a closed terminal call it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
+            signal.signal(number, handler)
+
+
 class Brake:
     """Ends a run between two steps, or at once while it is `idle`: starting, or waiting for data.
-    asked: when it was told to, by Ctrl-C, SIGTERM or a closed terminal. problem: a sentence, or ""."""
+    asked: when it was told to. problem: a sentence, or ""."""
 
     def __init__(self):
         self.asked, self.problem, self.code, self.idle = 0.0, "", 2, True
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
-                signal.signal(number, self.ask)
+        when_told_to_end(self.ask)
 
     def ask(self, number, frame):
         if not self.asked:
@@ -197,7 +192,6 @@ class Brake:
 
     def fetch(self, read):
         """What read() returns, in all processes; or Stop, in all of them."""
-        result = None
         try:
             self.idle = True
             if not self.asked:

@@ -1,16 +1,15 @@
 """Hugging Face folders in and out: what stands behind Llama.from_pretrained and Llama.save_pretrained.
 
-    load     config.json -> Config; weight files -> {name: tensor}; names and shapes must match the config
-    save     config.json, the weights, the tokenizer's files: made in a folder beside, renamed when complete
+    in     config.json -> Config; weight files -> {name: tensor}; names and shapes must match the config
+    out    config.json, the weights, the tokenizer's files: made in a folder beside, renamed when complete
 
-Parameters carry Hugging Face's names, so there is no table of names. Nothing of a pickle is executed.
+Nothing of a pickle is executed.
 
 References: transformers' LlamaConfig of version 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
 
 Left out on purpose: downloads. A config that needs what model.py leaves out is refused by the field's name.
 """
 import json
-import os
 import shutil
 import textwrap
 from dataclasses import asdict, fields
@@ -20,18 +19,18 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from adam8bit import widen
 from model import Config
 from plumbing.tokenizer import write_folder
 
 ROPE = dict(default=(), linear=("factor",), llama3=(    # rope_type: the fields that it needs
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-FILE_BYTES = 5 * 10**9    # of weights in a file
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 # ----- In ---------------------------------------------------------------------------------------------------
 
-def read_config(folder: str | os.PathLike) -> Config:
+def read_config(folder) -> Config:
     """Config of a folder's config.json.
 
     Raises FileNotFoundError if it is not there, ValueError if model.py does not implement it."""
@@ -62,10 +61,9 @@ def read_weights(folder, dtype):
     """All weights of a folder by name, copied out of one file after the other, so that none stays mapped.
 
     Raises FileNotFoundError if there are none, ValueError for a file that cannot be read."""
-    folder = Path(folder)
     files, weights = [], {}
     for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
-        files = files or sorted(folder.glob(pattern))
+        files = files or sorted(Path(folder).glob(pattern))
     if not files:
         raise FileNotFoundError(f"{folder} has no weights, neither model.safetensors nor pytorch_model.bin")
     try:
@@ -82,13 +80,6 @@ def read_weights(folder, dtype):
         raise ValueError(f"the weights in {file} cannot be read ({why}): is the download complete, and the "
                          "package safetensors installed?") from error
     return weights
-
-
-def load(cls: type[nn.Module], folder: str | os.PathLike, dtype: torch.dtype | None) -> nn.Module:
-    """A model cls(config) with a folder's weights, on the CPU. dtype None: that of the stored head.
-
-    Raises what read_config, read_weights and assemble raise."""
-    return assemble(cls, read_config(folder), read_weights(folder, dtype), folder)
 
 
 def assemble(cls, config, weights, folder):
@@ -112,7 +103,7 @@ def assemble(cls, config, weights, folder):
 def wide(stored):
     """A state_dict's weights, with int8 codes multiplied by the scale of their row, in the head's dtype."""
     scales = {name + "_scale" for name in stored} & stored.keys()
-    return {name: (w * stored[name + "_scale"]).to(stored[HEAD].dtype) if name + "_scale" in scales else w
+    return {name: widen(w, stored.get(name + "_scale"), stored[HEAD].dtype)
             for name, w in stored.items() if name not in scales}
 
 
@@ -124,7 +115,7 @@ def empty(folder):
     return folder
 
 
-def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
+def save(model: nn.Module, folder, tokenizer=None) -> None:
     """Make a folder that transformers' AutoModelForCausalLM opens, and AutoTokenizer if a data.Tokenizer is
     given. Above 5 GB the weights go to several files, with an index.
 
@@ -135,7 +126,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
         import safetensors.torch  # noqa: F401, which that needs
     except ImportError:
         raise ValueError("an export needs: pip install safetensors huggingface_hub") from None
-    weights = wide({name: w.cpu().contiguous() for name, w in model.state_dict().items()})
+    weights = wide({name: w.cpu() for name, w in model.state_dict().items()})
     if model.config.tie_word_embeddings:
         del weights[HEAD]
     ends = dict(bos_token_id=tokenizer and tokenizer.bos, eos_token_id=tokenizer and tokenizer.ends)
@@ -151,7 +142,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer=None) -> None:
             if tokenizer:    # whose folder may bring its own of these two
                 write_folder(tokenizer, part)
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            save_torch_state_dict(weights, part, max_shard_size=FILE_BYTES)
+            save_torch_state_dict(weights, part)
             for file in part.glob("*.safetensors"):
                 shutil.copymode(part / "config.json", file)    # they were their owner's only
             part.rename(folder)

@@ -16,7 +16,7 @@ import torch
 from data import get_tokenizer
 from model import Config, Llama
 from plumbing import hf
-from plumbing.files import checkpoints, read_checkpoint, within
+from plumbing.files import checkpoints, read_checkpoint, when_told_to_end, within
 from plumbing.shards import tell
 
 
@@ -34,7 +34,7 @@ def read(source, name):
         model = hf.assemble(Llama, Config(**run["config"]), hf.wide(run["model"]), source)
     else:
         tokenizer = get_tokenizer(name or os.path.join(".", source))    # ./gpt2 is a folder, gpt2 an encoding
-        model = hf.load(Llama, folder, None)
+        model = Llama.from_pretrained(folder)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.n_vocab:,} ids, and the model in "
                          f"{source} only {model.config.vocab_size:,}")
@@ -44,7 +44,7 @@ def read(source, name):
 def go_on(model, tokenizer, text: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> int:
     """Prints text and how it goes on, token by token, up to an end-of-text. Returns how many tokens came."""
     device = model.lm_head.weight.device
-    start = torch.tensor([tokenizer.document(text).tolist()], device=device)
+    start = torch.tensor(tokenizer.document(text)[None], device=device)
     draw = torch.Generator(device).manual_seed(seed)
     utf8, count = codecs.getincrementaldecoder("utf-8")("replace"), 0    # a letter may be several tokens
     print(text, end="", flush=True)
@@ -77,14 +77,12 @@ def main():
              add("--seed", type=within(0, 2**63 - 1), default=torch.seed(), help="for the same text again"),
              add("--device", choices=there, default=there[0], help=f"default: {there[0]}")]
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):    # as Ctrl-C: nothing half written stays
-        if signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants SIGHUP
-            signal.signal(number, signal.default_int_handler)
+    when_told_to_end(signal.default_int_handler)    # nothing half written stays
     try:
-        for option in drawn:
-            if args.export and getattr(args, option.dest) != option.default:
-                raise ValueError(f"--{option.dest} has no effect with --export: leave it out")
         if args.export:
+            for option in drawn:
+                if getattr(args, option.dest) != option.default:
+                    raise ValueError(f"--{option.dest} has no effect with --export: leave it out")
             hf.empty(args.export)    # now, not after minutes of reading
         elif not args.prompt:
             raise ValueError("--prompt and --export cannot be empty")

@@ -39,11 +39,12 @@ WORDS = re.compile(
     r"(?i)(?<![a-z])(?<![a-z] )(?:(?P<train>train)|(?P<val>val|valid|validation|dev|eval|evaluation)|"
     r"(?P<rest>test|readme|licen[cs]e|copying|copyright|notice|changelog|^\..*))(?:ing|set|data)?(?! ?[a-z])")
 BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun sets them
 
 
 def tell(line: str, always: bool = False):
     """One line to the user, of one process of many unless `always`. It tears no progress bar."""
-    if always or os.environ.get("RANK", "0") == "0":
+    if always or not RANK:
         with suppress(OSError, AttributeError):  # a terminal that is gone, or never was, ends nothing
             tqdm.write("\r\033[K" * sys.stderr.isatty() + line, file=sys.stderr)
 
@@ -55,10 +56,9 @@ def find_shards(data: str, tokenizer, data_dir: str | None, data_url: str, say: 
     if data == "c4":
         if "{}" not in data_url:
             raise ValueError(f"data_url {data_url!r} needs a {{}} where the file's name goes")
-        names = [[f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz" for i in range(count)]
-                 for kind, count in (("train", 1024), ("validation", 8))]
-        return [[Shard(name, [folder / name], folder, tokenizer, data_url.replace("{}", name))
-                 for name in split] for split in names]
+        return [[Shard(name := f"c4-{kind}.{i:05d}-of-{count:05d}.json.gz", [folder / name], folder,
+                       tokenizer, data_url.replace("{}", name)) for i in range(count)]
+                for kind, count in (("train", 1024), ("validation", 8))]
     if data == "python":
         return [[Shard(f"python-{split}", python_files(split), folder, tokenizer, mix=True)]
                 for split in ("train", "val")]
@@ -144,34 +144,31 @@ class Shard:
             old.unlink(missing_ok=True)
         return path
 
-    def prefetch(self):
-        """Starts the process that prepares this shard beside training."""
-        context = multiprocessing.get_context("spawn")
-        context.Process(target=prepare_beside, args=(self,), daemon=True).start()
-
-
-def prepare_beside(shard):
-    """Body of that process. Its errors are told and stop nothing: training comes to them in its time."""
-    parent = multiprocessing.parent_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, even a killed one
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # tqdm's own would outlive it, and Python complain
-    os.nice(19)
-    with suppress(AttributeError, OSError):  # Linux has a class below that: only what nobody else wants
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    try:
-        shard.prepare(background=True)
-    except (ValueError, OSError) as error:
-        tell(f"the next shard could not be made ready ahead ({error}); it is tried again later", always=True)
-
-
-def sweep(shards: list[Shard], keep: int):
-    """Deletes token files and downloads of `shards`. Who still reads one keeps it until then."""
-    for shard in shards:
-        for file in shard.token_files() + shard.files * bool(shard.url):
+    def drop(self, keep: int):
+        """Deletes token files and download. Who still reads one keeps it until then."""
+        for file in self.token_files() + self.files * bool(self.url):
             with suppress(FileNotFoundError):
                 file.unlink()
                 tell(f"{file.name} deleted, as keep_shards is {keep}")
+
+    def prefetch(self):
+        """Starts the process that prepares this shard beside training."""
+        multiprocessing.get_context("spawn").Process(target=self.prepare_beside, daemon=True).start()
+
+    def prepare_beside(self):
+        """Body of that process. Its errors are told and stop nothing: training comes to them in its time."""
+        parent = multiprocessing.parent_process()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, even a killed one
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        tqdm.set_lock(threading.RLock())  # tqdm's own would outlive it, and Python complain
+        os.nice(19)
+        with suppress(AttributeError, OSError):  # Linux has a class below that: only what nobody else wants
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        try:
+            self.prepare(background=True)
+        except (ValueError, OSError) as error:
+            tell(f"the next shard could not be made ready ahead ({error}); it is tried again later",
+                 always=True)
 
 
 def make(path: Path, write, resumable: bool = False):
@@ -202,7 +199,7 @@ def make(path: Path, write, resumable: bool = False):
 def download(url: str, file, background: bool):
     """Appends to `file` what it lacks of `url`. After trouble it waits 1, 2, 4 ... 600 s, or up to an hour if
     the server says so. ValueError after 4 attempts without progress, in the background 40: six hours."""
-    path, failures = Path(file.name.removesuffix(".part")), 0
+    part, failures = Path(file.name), 0
     while True:
         have = file.seek(0, os.SEEK_END)
         try:
@@ -213,12 +210,12 @@ def download(url: str, file, background: bool):
             failures = 1 if file.seek(0, os.SEEK_END) > have else failures + 1
             if failures >= (40 if background else 4):
                 raise ValueError(f"{url} could not be downloaded ({error}): start again to go on from "
-                                 f"{file.name}, or bring {path.name} into {path.parent} by other means; "
+                                 f"{part}, or bring {part.stem} into {part.parent} by other means; "
                                  "--data python needs no download") from None
             wait = min(2 ** (failures - 1), 600)
             with suppress(AttributeError, TypeError, ValueError):  # no such header, or a date
                 wait = max(wait, min(int(error.headers["Retry-After"]), 3600))
-            tell(f"{path.name}: {error}; trying again in {wait} s", always=True)
+            tell(f"{part.stem}: {error}; trying again in {wait} s", always=True)
             time.sleep(wait)
 
 
@@ -229,8 +226,8 @@ def fetch(url, file, have, background):
         if answer.status != 206:  # all of it, from the start
             have = file.truncate(0)
         total = have + int(answer.headers["Content-Length"] or 0)
-        bar = dict(desc=Path(file.name).stem, initial=have, total=total, disable=background)
-        with tqdm.wrapattr(file, "write", **bar) as counted:
+        with tqdm.wrapattr(file, "write", desc=Path(file.name).stem, initial=have, total=total,
+                           disable=background) as counted:
             shutil.copyfileobj(answer, counted, 1 << 20)
     if (have := file.seek(0, os.SEEK_END)) < total:
         raise OSError(f"connection ended at byte {have} of {total}")

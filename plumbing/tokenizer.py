@@ -8,12 +8,13 @@ for each byte (Llama 1 and 2, Mistral). The second puts a space before a text. T
 package: a large file comes in pieces, and only a document's first piece gets it.
 
 Left out on purpose: tokenizer.model without tokenizer.json, tokenizers that change text (NFC, lower case),
-chat templates. "<s>" in a text is text, like any other.
+chat templates.
 """
 import hashlib
 import json
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +30,12 @@ NO_PREFIX = dict(prepend="", prepend_scheme="never", add_prefix_space=False)
 PROBE = "  Ab\té e\u0301 ﬁ 中文😀\r\n\x01 x  \n\n the end "
 
 
-def byte_letters():
-    """GPT-2's letters for bytes: printable ones stand for themselves, others are U+0100 and so on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted({*range(256)} - {*printable})
-    return dict(zip(map(chr, [*printable, *range(256, 324)]), printable + others))
-
-
 def token_bytes(tokenizer):
     """The bytes of each id; b"" where the ids have gaps."""
-    vocabulary, added, letters = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder(), byte_letters()
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
     byte_level, pieces = "ByteLevel" in str(tokenizer.decoder), [b""] * (1 + max(vocabulary.values()))
+    beyond = count(256)    # GPT-2's letters for bytes: printable ones but space stay, else U+0100 and so on
+    letters = {chr(i if i > 32 and chr(i).isprintable() else next(beyond)): i for i in range(256)}
     for token, i in vocabulary.items():
         if byte_level and i not in added:
             pieces[i] = bytes(letters[letter] for letter in token)
@@ -115,7 +111,7 @@ def read_folder(folder: str) -> dict:
 
 def copy_files(source, folder):
     """What a folder's tokenizer is read from, here and elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for file in map(Path(source).joinpath, FILES):
         if file.exists():
             shutil.copyfile(file, folder / file.name)

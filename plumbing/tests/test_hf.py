@@ -4,6 +4,7 @@ import json
 import pickle
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,10 @@ def test_configs_that_would_be_misread_are_refused(field, value, sentence, tmp_p
 def test_damaged_checkpoints(tmp_path, monkeypatch):
     """Large weights are in several files. What is missing, odd or damaged in a pickle of them is refused, and
     no code runs."""
-    oracle("safetensors", "safetensors"), oracle("huggingface_hub", "huggingface_hub")
-    monkeypatch.setattr(hf, "FILE_BYTES", 30_000)
+    oracle("safetensors", "safetensors")
+    hub = oracle("huggingface_hub", "huggingface_hub")
+    small = partial(hub.save_torch_state_dict, max_shard_size=30_000)
+    monkeypatch.setattr(hub, "save_torch_state_dict", small)
     model, path = tiny(tie_word_embeddings=True), tmp_path / "pytorch_model.bin"
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
