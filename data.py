@@ -22,10 +22,8 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import tiktoken
@@ -42,27 +40,17 @@ class EndOfData(Exception):
     """The validation data is used up."""
 
 
-@dataclass
 class Tokenizer:
     """A document is [bos,] encode(prefix + text), eot. `encode`: an array of ids, "<|endoftext|>" being text
     like any other. `pieces[id]`: a token's bytes. `n_bytes[id]`: how many of them are source text; eot's
     takes the prefix off again. n_vocab: before padding. `ends`: all ids that end a generated text."""
 
-    name: str
-    pieces: list[bytes]
-    eot: int
-    encode: Callable
-    bos: int | None = None
-    prefix: str = ""
-    ends: list[int] | None = None
-    source: str | None = None
-
-    def __post_init__(self):
-        self.n_vocab, self.ends = len(self.pieces), self.ends or [self.eot]
-        self.source = self.source or self.name
+    def __init__(self, name, pieces, eot, encode, bos=None, prefix="", ends=None, source=None):
+        self.name, self.pieces, self.eot, self.encode, self.bos = name, pieces, eot, encode, bos
+        self.prefix, self.ends, self.source, self.n_vocab = prefix, ends or [eot], source or name, len(pieces)
         self.dtype = np.dtype(np.uint16 if self.n_vocab <= 1 << 16 else np.uint32)
-        self.n_bytes = np.array([*map(len, self.pieces)])
-        self.n_bytes[self.eot] = -len(self.prefix)
+        self.n_bytes = np.array([*map(len, pieces)])
+        self.n_bytes[eot] = -len(prefix)
 
     def __reduce__(self):  # to another process it goes by its name
         return get_tokenizer, (self.source,)
