@@ -62,7 +62,7 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        D, X = D.reshape(-1, len(W)), x.reshape(-1, W.shape[1]).to(D.dtype)  # casts: for autocast only
+        D, X = D.reshape(-1, len(W)), x.reshape(-1, W.shape[1])  # of one dtype: link has x's
         if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
             W_scale = W_scale + 1e-38 * D[:1, :1].sum()
         dX = (D @ widen(W, W_scale, D.dtype).to(D.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None

@@ -121,6 +121,29 @@ def test_a_full_disk_ends_nothing(monkeypatch, tmp_path, tokens):  # noqa: F811
     assert files.checkpoints(tmp_path / "last")[-1].name == "checkpoint-00000007.pt"
 
 
+def test_validation_ends_with_its_text(tmp_path):
+    """Fewer tokens than --eval_tokens: all whole sequences count, once in each evaluation."""
+    (tmp_path / "text").mkdir()
+    for name, size in ("train", 9000), ("val", 700):
+        (tmp_path / "text" / f"{name}.txt").write_text("what is read, " * (size // 14))
+    run(tmp_path, *FEW, "--data", "text", "--eval_tokens", 9999)
+    seen = [line["val_tokens"] for line in log_of(tmp_path / "run") if "val_loss" in line]
+    assert seen == [700 // 32 * 32] * 2
+
+
+def test_nohup_is_respected(monkeypatch):
+    """A closed terminal ends a run, but not under nohup, which has SIGHUP ignored."""
+    for before, after in (signal.SIG_DFL, files.Brake.ask), (signal.SIG_IGN, None):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = signal.signal(signal.SIGHUP, before)
+        try:
+            files.Brake()
+            now = signal.getsignal(signal.SIGHUP)
+            assert now == before if after is None else now.__func__ is after
+        finally:
+            [signal.signal(*pair) for pair in [*handlers.items(), (signal.SIGHUP, old)]]
+
+
 def test_memory_that_runs_out_ends_with_a_sentence(monkeypatch, tmp_path, few):  # noqa: F811
     """It says what to type, and that goes on from the checkpoint of before."""
     step, room = train.training_step, iter([True] * 5)
