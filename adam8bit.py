@@ -11,7 +11,7 @@ A weight in 8 bits is int8 codes from -127 to 127 and a scale for each row. Roun
 update of a tenth of the grid moves one code in ten.
 
 The map is Dettmers' dynamic data type: 0, 1, and seven decades from 1 down to 1e-7. Each decade has half as
-many values as the one above.
+many values as the one above: 64, 32, ..., 1 of each sign, or 128, 64, ..., 2 in the unsigned map.
 
 A variance stored as zero, beside a momentum that is not, would make a step of M / eps, thousands of lr.
 It happens where gradients within a block differ much, as in an embedding: most rows have none in most steps.
@@ -43,7 +43,8 @@ LARGEST = 5.0  # of Adam's steps, in units of lr, from state in codes
 
 
 def dynamic_map(signed: bool) -> tuple[Tensor, Tensor]:
-    """The 256 values of the dynamic data type, ascending, fp32, and the 255 midpoints between them."""
+    """The 256 values of the dynamic data type, ascending, fp32 (2110.02861, section 2.2), and the 255
+    midpoints between them."""
     values = [0.0, 1.0]
     for i in range(7):  # decade 10^(i-7) ... 10^(i-6), in 2^i equal steps, or 2^(i+1) without a sign
         edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)

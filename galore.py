@@ -57,8 +57,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def refresh(P: Tensor, Y: Tensor) -> Tensor:
-    """The next basis, from the old one and Y = G M' (all m x r, fp32). Any orthonormal basis will do;
-    NaN in Y must give NaN, not an error.
+    """The next basis, from the old one and Y = G M' (all m x r, fp32). Any orthonormal basis will do. NaN in
+    Y must give NaN, not an error.
 
     We add 1e-3 of the old basis to Y. Where the gradient has no direction left, the old one stays. Otherwise
     the last columns would be rounding noise, which Adam blows up to full size.
@@ -161,8 +161,9 @@ class GaLoreAdamW(Stored):
     exact = False
     scales = {}  # of weights in int8, by parameter; empty unless thin.py puts its own here
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32,
-                 max_norm=None, direction="adam", offload=False, compile=False, seed=0):
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, state_bits: int = 32, max_norm: float | None = None,
+                 direction: str = "adam", offload: bool = False, compile: bool = False, seed: int = 0):
         check(state_bits in (8, 32), f"state_bits is {state_bits}, but moments are kept in 32 or in 8 bits.")
         check(max_norm is None or max_norm > 0, f"max_norm is {max_norm}, but must be above 0, or None.")
         check(direction in DIRECTIONS, f"direction is {direction!r}: choose one of {', '.join(DIRECTIONS)}.")

@@ -97,7 +97,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).type_as(x)
 
 
-linear = partial(nn.Linear, bias=False)    # all that there are
+linear = partial(nn.Linear, bias=False)    # no projection has one
 
 
 class Attention(nn.Module):
@@ -233,6 +233,12 @@ class Llama(nn.Module):
         """One parameter for embedding and head, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def compile_blocks(self) -> None:
+        """torch.compile, block by block, and of the loss. A whole model would be compiled at each refresh."""
+        for block in self.model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        self.loss_of_chunk = torch.compile(self.loss_of_chunk, fullgraph=True, dynamic=False)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())    # a tied weight counts once

@@ -62,7 +62,7 @@ class ThinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # else second-order terms would be lost silently
     def backward(ctx, D):
         x, W, W_scale, P, P_scale, M, M_scale = ctx.saved_tensors
-        D, X = D.reshape(-1, len(W)), x.reshape(-1, W.shape[1])  # of one dtype: link has x's
+        D, X = D.reshape(-1, len(W)), x.reshape(-1, W.shape[1])  # link gives D the dtype of x
         if W_scale is not None:  # adds nothing to it; but else a compiler would keep W of the forward pass
             W_scale = W_scale + 1e-38 * D[:1, :1].sum()
         dX = (D @ widen(W, W_scale, D.dtype).to(D.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
@@ -74,15 +74,14 @@ class ThinLinear(torch.autograd.Function):
 
 
 class ThinModule(nn.Linear):
-    """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the optimiser's state of its weight,
-    `proxy`, where R arrives, and `wants_Y`: does Y come as well? weight_scale: (out, 1) of a weight in int8,
-    else None."""
+    """What `thin` makes of an nn.Linear. `arm` gives it `galore`, the state of W, `proxy`, where R arrives,
+    and `wants_Y`: does Y come as well? weight_scale: (out, 1) of a weight in int8, else None."""
 
     def forward(self, x: Tensor) -> Tensor:
         W, scale = self.weight.detach(), self.weight_scale
         if not (torch.is_grad_enabled() and (self.weight.requires_grad or scale is not None)):
             return F.linear(x, widen(W, scale, x.dtype), self.bias)
-        M = "M" * self.wants_Y  # one by one: in a loop a compiler would guard the whole state
+        M = "M" * self.wants_Y  # by their keys: in a loop over the state a compiler would guard all of it
         stored = map(self.galore.get, ("P", scale_key("P"), M, scale_key(M)))
         link = ThinLinear.apply(x, self.proxy, W, scale, *stored)
         return F.linear(x.detach(), widen(W, scale, x.dtype), self.bias).add_(link)
@@ -147,7 +146,8 @@ class ThinUpdate:
         self.norms.clear()
 
 
-def thin(model: nn.Module, opt: GaLoreAdamW, accumulate=1, weight_bits=None, device=None) -> None:
+def thin(model: nn.Module, opt: GaLoreAdamW, accumulate: int = 1, weight_bits: int | None = None,
+         device: torch.device | str | None = None) -> None:  # fmt: skip
     """Switches the model's projected linear layers to `ThinLinear`, and the update to the backward pass.
 
     From here on a step is `accumulate` backward passes and one opt.step(). A projected parameter that is not
@@ -164,7 +164,7 @@ def thin(model: nn.Module, opt: GaLoreAdamW, accumulate=1, weight_bits=None, dev
     step() counts from the next step on. A copy of a thin model computes, but does not train. Hooks on a
     projected weight are not called. A gradient penalty ends with torch's error "differentiate twice".
 
-    Raises ValueError for what cannot be honoured: Exact, two of a kind, a model compiled as a whole.
+    Raises ValueError for accumulate, weight_bits, an Exact, thin or foreign `opt`, a thin or compiled model.
     """
     check(not opt.exact, "Exact takes an SVD of the full gradient, which the thin way never forms.")
     check(accumulate >= 1, f"accumulate is {accumulate}, but must be at least 1.")

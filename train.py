@@ -241,9 +241,7 @@ def prepare(model: Llama, args, checkpoint: dict | None = None) -> GaLoreAdamW:
     if args.layerwise:
         thin(model, opt, accumulation(args), args.weight_bits, args.device if args.weight_bits else None)
     if args.compile:
-        for block in model.model.layers:
-            block.compile(fullgraph=True, dynamic=False)
-        model.loss_of_chunk = torch.compile(model.loss_of_chunk, fullgraph=True, dynamic=False)
+        model.compile_blocks()
     if checkpoint:
         check(seal(model.state_dict()) == seal(checkpoint["model"]),
               f"the run in {args.out_dir} has other weights than this model.py makes: go back")

@@ -354,7 +354,7 @@ def counted(T: int) -> tuple[list, list]:
 
     step = compare("thin GaLore", 131072, ours + large + " --recompute 0", "full-rank AdamW", adamw + large + " --recompute 0", 0.82)
     compare("thin GaLore, checkpointing", 131072, ours + large + " --recompute 32", "full-rank AdamW, checkpointing", adamw + large + " --recompute 32", 0.87)
-    compare("thin GaLore, recomputing what 24 GB ask for", 131072, ours + " --batch_size 8 --total_batch_size 512 --recompute 30",
+    compare("thin GaLore, recomputing what 24 GB ask for", 131072, ours + " --batch_size 8 --total_batch_size 512 --recompute 31",
             "full-rank AdamW, checkpointing", adamw + large + " --recompute 32", 0.82)  # fmt: skip
     compare("thin GaLore", 256, ours + small + " --recompute 0", "plain GaLore", ours + small + " --no-layerwise --recompute 0", 0.60)
     extra = (operations(ours + large + " --recompute 0", due=True) - step) / T

@@ -59,7 +59,7 @@ def advance_(state, names, direction, R, dtype, **more):
 
 class Silu(torch.autograd.Function):
     """Its product keeps gate and up, and no more. The backward pass of both is one kernel: it reads gate, up
-    and a gradient, and writes their product once more, and two gradients. Of these six two live on here."""
+    and a gradient, and writes their product once more, and two gradients. Two of these six are there."""
 
     @staticmethod
     def forward(ctx, gate):
@@ -68,7 +68,7 @@ class Silu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, D):
-        D.new_empty(4, *D.shape)
+        D.new_empty(4, *D.shape)  # the others
         return D
 
 
@@ -241,5 +241,5 @@ def fit(args, config: Config, plan) -> None:
               f"tensors may take {room(free):.2f}{': THIS RUN DOES NOT FIT' * (need >= room(free))}\n"
               f"peak {need:.2f} GB")
     check(args.plan or need < room(free), f"this run needs {need:.1f} GB, and of {free:.1f} GB free tensors "
-          f"may take {room(free):.1f}: take a smaller --size, or --galore with what is not in use yet of a "
-          "lower --rank, --state_bits 8, --offload, --weight_bits 8")
+          f"may take {room(free):.1f}: take a smaller --size, or what you do not use yet: --galore, a lower "
+          "--rank, --state_bits 8, --offload, --weight_bits 8")
